@@ -1,0 +1,545 @@
+"""The experiment's configuration: what a YAML file may say, its defaults and its checks.
+
+This is the first of two stages of validation: schema and values, without torch, flwr or grpc.
+Names of models, strategies, optimizers and partitioners are checked in the second stage
+(`fedhpc.preflight`) against the installed packages.
+"""
+
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+)
+
+from fedhpc.errors import ConfigError
+
+
+def _check_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}", name):
+        raise ValueError(
+            "expected 1 to 64 letters, digits, '.', '_' or '-', beginning with a letter or digit"
+        )
+    return name
+
+
+def _check_reference(reference: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", reference):
+        raise ValueError("expected 'module:attribute'")
+    return reference
+
+
+Name = Annotated[StrictStr, AfterValidator(_check_name)]
+Reference = Annotated[StrictStr, AfterValidator(_check_reference)]
+Count = Annotated[StrictInt, Field(ge=0)]
+Positive = Annotated[StrictInt, Field(ge=1)]
+Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A part of the config: strict, immutable, every field with a description."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Named(Section):
+    """Something of a library, by its own name and parameters."""
+
+    name: StrictStr = Field(min_length=1, description="its name")
+    params: dict[StrictStr, Any] = Field(
+        default_factory=dict, description="its parameters, by the names its library gives them"
+    )
+
+
+class App(Section):
+    """Which Flower app runs. Without any of these: the built-in image classification."""
+
+    dir: StrictStr | None = Field(
+        None, description="folder of a Flower app, with the pyproject.toml that `flwr run` reads"
+    )
+    server: Reference | None = Field(None, description="its ServerApp, 'module:attribute'")
+    client: Reference | None = Field(None, description="its ClientApp, 'module:attribute'")
+    run_config: dict[StrictStr, StrictBool | StrictInt | float | StrictStr] = Field(
+        default_factory=dict, description="its run config, over the values in pyproject.toml"
+    )
+
+    @property
+    def is_builtin(self) -> bool:
+        """Whether the built-in app runs."""
+        return self.dir is None and self.server is None and self.client is None
+
+
+class Federation(Section):
+    """Clients and rounds."""
+
+    num_clients: Positive = Field(10, description="clients; client k holds partition k")
+    clients_per_round: Positive = Field(10, description="clients that train in each round: the cohort")
+    num_rounds: Positive = Field(10, description="rounds of training")
+    evaluate_every: Positive = Field(
+        1, description="evaluate the global model on the server every n-th round, and after the last"
+    )
+    clients_per_evaluation: Count = Field(
+        0, description="clients that evaluate the global model on their own data in each round"
+    )
+    validation_fraction: float = Field(
+        0.2, gt=0, lt=1, description="share of a client's examples kept for its own evaluation, if any"
+    )
+    placement: Literal["any", "pinned"] = Field(
+        "any", description="any: an array task trains any client; pinned: client k on task k mod T"
+    )
+    round_timeout_s: Seconds = Field(3600, description="deadline of a round's fits, in seconds")
+
+
+class Data(Section):
+    """The data set of the built-in app and how clients share it."""
+
+    name: Literal[
+        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder"
+    ] = Field("digits", description="which data set")
+    root: StrictStr = Field(
+        "~/.cache/fedhpc", description="folder for data sets, seen by every node; $VARIABLES work"
+    )
+    source: StrictStr | None = Field(
+        None,
+        description="image_folder: a folder or zip with train/<class>/... and test/<class>/...;"
+        " others: a folder that torchvision's files are already in",
+    )
+    partitioner: Named = Field(
+        Named(name="iid"),
+        description="a partitioner of flwr-datasets (iid, dirichlet, pathological, shard, ...)",
+    )
+    stage_to: StrictStr | None = Field(
+        None, description="copy the data to this folder of each node once, e.g. $SLURM_TMPDIR"
+    )
+
+
+class Training(Section):
+    """What one fit does."""
+
+    epochs: Positive = Field(1, description="passes over the client's examples in one fit")
+    batch_size: Positive = Field(32, description="examples a step")
+    optimizer: Named = Field(
+        Named(name="SGD", params={"lr": 0.1}), description="an optimizer of torch.optim"
+    )
+    deterministic: StrictBool = Field(
+        True, description="on GPU: use deterministic algorithms only (slower); on CPU: no effect"
+    )
+
+
+class Isolation(Section):
+    """How a node's cores and GPUs are shared."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: the allotted GPUs, or the CPU where there are none"
+    )
+    slots: Literal["auto"] | Positive = Field(
+        "auto", description="fits at a time in an array task (on GPU: per GPU); auto: one a GPU,"
+        " or cores / threads_per_fit"
+    )
+    threads_per_fit: Positive = Field(
+        1, description="threads of one fit; part of what makes a result reproducible"
+    )
+    fits_per_process: Count = Field(
+        1, description="fits before a child process is replaced; 1: always fresh; 0: never replaced"
+    )
+    start_method: Literal["forkserver", "spawn"] = Field(
+        "forkserver", description="how child processes start; spawn is about 100 times slower"
+    )
+    standby: StrictBool = Field(
+        True, description="prepare the next child while its predecessor trains"
+    )
+    fit_timeout_s: Seconds = Field(3600, description="deadline of one fit, in seconds")
+    preload: list[StrictStr] = Field(
+        default_factory=list,
+        description="further modules to import once in the fork server; they must not touch CUDA",
+    )
+
+
+class JobOptions(Section):
+    """Options of a Slurm job; null leaves Slurm's default."""
+
+    slurm_partition: StrictStr | None = Field(None, description="--partition")
+    account: StrictStr | None = Field(None, description="--account")
+    qos: StrictStr | None = Field(None, description="--qos")
+    constraint: StrictStr | None = Field(None, description="--constraint")
+    time_min: PositiveInt | None = Field(None, description="--time, in minutes")
+    mem_gb: PositiveFloat | None = Field(None, description="--mem, in GB")
+    cpus_per_task: Positive | None = Field(None, description="--cpus-per-task")
+    gpus_per_task: Count | None = Field(None, description="--gpus-per-task")
+    gres: StrictStr | None = Field(None, description="--gres, where a site wants this instead")
+    extra: dict[StrictStr, StrictBool | StrictInt | StrictStr] = Field(
+        default_factory=dict, description="any other sbatch option, by its long name"
+    )
+
+
+class Cluster(JobOptions):
+    """Where the jobs run. The options of this section hold for both jobs."""
+
+    executor: Literal["auto", "slurm", "local", "debug"] = Field(
+        "auto",
+        description="slurm; local: processes of this machine; debug: all in one process;"
+        " auto: slurm where sbatch is found, else local",
+    )
+    runs_dir: StrictStr = Field("runs", description="folder of the run folders, seen by every node")
+    array_tasks: Positive = Field(1, description="array tasks of the client array")
+    max_parallel: Positive | None = Field(
+        None, description="array tasks that run at the same time; null: all"
+    )
+    min_array_tasks: Positive = Field(1, description="array tasks needed before work starts")
+    server: JobOptions = Field(JobOptions(), description="options of the server job alone")
+    clients: JobOptions = Field(JobOptions(), description="options of the client array alone")
+    setup: list[StrictStr] = Field(
+        default_factory=list, description="shell lines before Python starts: module load, activate"
+    )
+    python: StrictStr | None = Field(None, description="the jobs' Python; null: the one of submit")
+    interface: StrictStr | None = Field(
+        None, description="network interface (or address) that the server listens on"
+    )
+    rendezvous_timeout_s: Seconds = Field(
+        600, description="how long an array task waits for the server's address"
+    )
+    array_task_timeout_s: Seconds = Field(
+        1800, description="how long the server waits for array tasks before it fails"
+    )
+    liveness_timeout_s: Seconds = Field(
+        15, description="silence after which an array task counts as lost"
+    )
+    inline_mb: float = Field(
+        32, ge=0, le=1024, description="larger arrays travel as files of the run folder"
+    )
+    state_mb: float = Field(
+        256, ge=0, description="client states above this total are kept as files of the run folder"
+    )
+
+
+class Config(Section):
+    """One experiment."""
+
+    name: Name = Field("experiment", description="name of the run")
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = Field(
+        0, description="everything random derives from it"
+    )
+    app: App = Field(App(), description=App.__doc__)
+    federation: Federation = Field(Federation(), description=Federation.__doc__)
+    data: Data = Field(Data(), description=Data.__doc__)
+    model: Named = Field(
+        Named(name="logistic"),
+        description="The built-in app's model: logistic, mlp2, cnn, cnn_mcmahan or resnet18.",
+    )
+    training: Training = Field(Training(), description=Training.__doc__)
+    strategy: Named = Field(
+        Named(name="FedAvg"), description="A strategy of flwr.serverapp.strategy."
+    )
+    isolation: Isolation = Field(Isolation(), description=Isolation.__doc__)
+    cluster: Cluster = Field(Cluster(), description=Cluster.__doc__)
+
+
+# --- combinations that no single field can check -------------------------------------------------
+
+
+def _combination_problems(config: Config) -> Iterator[str]:
+    federation, cluster, app = config.federation, config.cluster, config.app
+    for field in ("clients_per_round", "clients_per_evaluation"):
+        found = getattr(federation, field)
+        if found > federation.num_clients:
+            yield (
+                f"federation.{field}: expected at most federation.num_clients"
+                f" ({federation.num_clients}), found {found}"
+            )
+    if cluster.min_array_tasks > cluster.array_tasks:
+        yield (
+            f"cluster.min_array_tasks: expected at most cluster.array_tasks"
+            f" ({cluster.array_tasks}), found {cluster.min_array_tasks}"
+        )
+    parallel = cluster.max_parallel or cluster.array_tasks
+    if cluster.min_array_tasks > parallel:
+        yield (
+            f"cluster.max_parallel: expected at least cluster.min_array_tasks"
+            f" ({cluster.min_array_tasks}), found {parallel}"
+        )
+    if federation.placement == "pinned" and parallel < cluster.array_tasks:
+        yield (
+            "cluster.max_parallel: placement 'pinned' needs every array task at the same time"
+            f" ({cluster.array_tasks}), found {parallel}"
+        )
+    if config.isolation.fit_timeout_s > federation.round_timeout_s:
+        yield (
+            "isolation.fit_timeout_s: expected at most federation.round_timeout_s"
+            f" ({federation.round_timeout_s:g}), found {config.isolation.fit_timeout_s:g}"
+        )
+    if config.data.name == "image_folder" and config.data.source is None and app.is_builtin:
+        yield "data.source: image_folder needs a folder or a zip file here, found null"
+    if config.data.name == "digits" and config.data.source is not None:
+        yield "data.source: digits come with scikit-learn, expected null"
+    for job, options in (("", cluster), ("server.", cluster.server), ("clients.", cluster.clients)):
+        if options.gpus_per_task and options.gres:
+            yield f"cluster.{job}gres: expected either gres or gpus_per_task, found both"
+        for key in options.extra:
+            if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
+                yield (
+                    f"cluster.{job}extra.{key}: expected the long name of an sbatch option,"
+                    " e.g. 'mail-type'"
+                )
+    if (app.server is None) != (app.client is None) and app.dir is None:
+        missing = "server" if app.server is None else "client"
+        yield f"app.{missing}: expected 'module:attribute' as app has the other one, found null"
+    if app.run_config and app.is_builtin:
+        yield "app.run_config: the built-in app reads data, model and training; found run_config too"
+
+
+# --- loading ---------------------------------------------------------------------------------------
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without duplicate keys, and with 1e-3 read as a number as in YAML 1.2."""
+
+
+_StrictLoader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
+def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
+    seen: set[Any] = set()
+    for key_node, _ in node.value:
+        key = loader.construct_object(key_node, deep=True)
+        if isinstance(key, list | dict):
+            raise yaml.constructor.ConstructorError(
+                None, None, "a key must be a single word", key_node.start_mark
+            )
+        if key in seen:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key '{key}' appears twice", key_node.start_mark
+            )
+        seen.add(key)
+    return loader.construct_mapping(node, deep=True)
+
+
+_StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506
+    except OSError as error:
+        raise ConfigError(str(path), [f"could not be read: {error.strerror}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(str(path), ["expected UTF-8 text"]) from error
+    except yaml.YAMLError as error:
+        text = " ".join(str(error).split())
+        raise ConfigError(str(path), [f"not valid YAML: {text}"]) from error
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise ConfigError(str(path), [f"expected sections, found a {type(value).__name__}"])
+    return value
+
+
+def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``base`` with the values of ``over``; params of another `Named` are not mixed in."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        renamed = (
+            isinstance(old, dict)
+            and isinstance(value, dict)
+            and {"name"} <= set(old) & set(value)
+            and old["name"] != value["name"]
+        )
+        if isinstance(old, dict) and isinstance(value, Mapping) and not renamed:
+            merged[key] = _merge(old, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _parse_assignment(assignment: str) -> dict[str, Any]:
+    """Turn ``section.key=value`` into nested mappings; the value is YAML."""
+    path, equals, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise ConfigError(
+            "command line", [f"--set: expected section.key=value, found '{assignment}'"]
+        )
+    try:
+        value = yaml.load(text, _StrictLoader)  # noqa: S506
+    except yaml.YAMLError as error:
+        raise ConfigError(
+            "command line", [f"--set {path}: not a YAML value: '{text}'"]
+        ) from error
+    for key in reversed(keys):
+        value = {key: value}
+    assert isinstance(value, dict)  # noqa: S101  (keys is never empty)
+    return value
+
+
+_TYPES = {
+    "int_type": "an integer",
+    "int_from_float": "an integer",
+    "int_parsing": "an integer",
+    "float_type": "a number",
+    "float_parsing": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+    "list_type": "a list",
+    "dict_type": "a mapping",
+    "model_type": "a mapping",
+    "missing": "a value",
+    "finite_number": "a finite number",
+}
+
+
+def _expectation(error: Mapping[str, Any]) -> str:
+    kind, context = error["type"], error.get("ctx", {})
+    if kind in _TYPES:
+        return f"expected {_TYPES[kind]}"
+    if kind == "greater_than_equal":
+        return f"expected {context['ge']} or more"
+    if kind == "greater_than":
+        return f"expected more than {context['gt']}"
+    if kind == "less_than_equal":
+        return f"expected {context['le']} or less"
+    if kind == "less_than":
+        return f"expected less than {context['lt']}"
+    if kind == "literal_error":
+        return f"expected {context['expected']}"
+    if kind == "string_too_short":
+        return "expected a name"
+    return str(error["msg"]).removeprefix("Value error, ")
+
+
+def _known_keys(location: Sequence[str | int]) -> list[str]:
+    """Return the valid keys of the section that ``location`` points into."""
+    section: type[BaseModel] = Config
+    for part in location:
+        field = section.model_fields.get(str(part))
+        if field is None or not isinstance(field.annotation, type):
+            break
+        if issubclass(field.annotation, BaseModel):
+            section = field.annotation
+    return list(section.model_fields)
+
+
+def _problems(error: ValidationError) -> list[str]:
+    lines: dict[str, str] = {}
+    for entry in error.errors():
+        # A union reports once per member, with the member's name in the location.
+        location = [
+            part
+            for part in entry["loc"]
+            if not str(part).startswith(("literal[", "constrained-", "float", "str", "int", "bool"))
+            and part not in ("[key]",)
+        ]
+        path = ".".join(map(str, location)) or "the file"
+        if entry["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(
+                str(location[-1]), _known_keys(location[:-1]), n=1, cutoff=0.5
+            )
+            prefix = "".join(f"{part}." for part in location[:-1])
+            guess = f"; did you mean {prefix}{near[0]}?" if near else ""
+            lines[path] = f"{path}: unknown key{guess}"
+            continue
+        expected = _expectation(entry)
+        if path in lines and expected not in lines[path]:
+            first, found = lines[path].split(", found ", 1)
+            lines[path] = f"{first} or {expected.removeprefix('expected ')}, found {found}"
+        elif path not in lines:
+            found = repr(entry["input"]) if not isinstance(entry["input"], dict) else "a mapping"
+            lines[path] = f"{path}: {expected}, found {found}"
+    return list(lines.values())
+
+
+def parse(raw: Mapping[str, Any], source: str) -> Config:
+    """Check raw values and return the config.
+
+    Parameters
+    ----------
+    raw : mapping
+        Sections as read from YAML.
+    source : str
+        Where they come from, for the message.
+
+    Raises
+    ------
+    ConfigError
+        With every problem at once.
+    """
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(
+            source, _problems(error), "python -m fedhpc.submit --schema prints every key"
+        ) from error
+    if problems := list(_combination_problems(config)):
+        raise ConfigError(source, problems)
+    return config
+
+
+def load(path: Path, site: Path | None = None, assignments: Sequence[str] = ()) -> Config:
+    """Read a config file, the site's values over it, and ``--set`` values over both.
+
+    Parameters
+    ----------
+    path : Path
+        The experiment's YAML file.
+    site : Path, optional
+        A YAML file of the same form with what only a site knows.
+    assignments : sequence of str
+        ``section.key=value`` each, the value in YAML.
+
+    Raises
+    ------
+    ConfigError
+        With every problem at once.
+    """
+    raw = _read_yaml(path)
+    if site is not None:
+        raw = _merge(raw, _read_yaml(site))
+    for assignment in assignments:
+        raw = _merge(raw, _parse_assignment(assignment))
+    return parse(raw, str(path))
+
+
+def dump(config: Config) -> str:
+    """Return the resolved config as YAML, every default written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+
+
+def schema() -> str:
+    """Return the documented defaults as YAML."""
+    return "\n".join(_document(Config(), indent=0)) + "\n"
+
+
+def _document(section: BaseModel, indent: int) -> Iterator[str]:
+    pad = "  " * indent
+    for name, field in type(section).model_fields.items():
+        value = getattr(section, name)
+        description = field.description
+        if isinstance(value, BaseModel) and not isinstance(value, Named):
+            if indent == 0:
+                yield ""
+            yield f"{pad}# {description}"
+            if value.__class__ is JobOptions:
+                yield f"{pad}{name}: {{}}  # the same options as above, for this job alone"
+                continue
+            yield f"{pad}{name}:"
+            yield from _document(value, indent + 1)
+            continue
+        shown = value.model_dump() if isinstance(value, BaseModel) else value
+        text = yaml.safe_dump(shown, default_flow_style=True, width=1000).removesuffix("\n...\n")
+        yield f"{pad}{name}: {text.strip()}  # {description}"

@@ -1,0 +1,1 @@
+"""Flower on a cluster: the grid, the apps and the rounds."""

@@ -1,0 +1,125 @@
+"""The one place that touches what Flower keeps internal. Written against flwr 1.41."""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.client.mod.utils import make_ffn
+from flwr.clientapp import ClientApp
+from flwr.clientapp.typing import Mod
+from flwr.common.config import flatten_dict, get_project_config
+from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
+from flwr.common.serde import (
+    message_from_proto,
+    message_to_proto,
+    recorddict_from_proto,
+    recorddict_to_proto,
+)
+from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
+from flwr.serverapp.strategy import Strategy
+from flwr.supercore.run import Run
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = ["Run", "apply_mods", "make_error_reply", "read_app_folder", "set_identity"]
+
+
+def flower_run_id(run_id: str) -> int:
+    """Return the run id as Flower has it: a positive 63-bit number."""
+    return int.from_bytes(hashlib.sha256(run_id.encode()).digest()[:8]) >> 1
+
+
+def set_identity(run_id: str) -> None:
+    """Tell Flower which run this process serves, so that `Message` can be built in a ServerApp."""
+    TaskIdentity.task_id = 0
+    TaskIdentity.run_id = flower_run_id(run_id)
+    TaskIdentity.node_id = SUPERLINK_NODE_ID
+
+
+def empty_run(run_id: str) -> Run:
+    """Return Flower's description of the run."""
+    return Run.create_empty(flower_run_id(run_id))
+
+
+def set_message_id(message: Message, message_id: str) -> None:
+    """Give an outgoing message its id, as Flower's SuperLink would."""
+    message.metadata.__dict__["_message_id"] = message_id
+
+
+def make_error_reply(message: Message, reason: str, *, raised: bool) -> Message:
+    """Return the reply that says a client failed.
+
+    Parameters
+    ----------
+    message : Message
+        What was asked of the client.
+    reason : str
+        Why there is no result.
+    raised : bool
+        Whether the app raised it, or the process died.
+    """
+    code = ErrorCode.CLIENT_APP_RAISED_EXCEPTION if raised else ErrorCode.CLIENT_APP_CRASHED
+    return Message(Error(code=code, reason=reason), reply_to=message)
+
+
+def message_to_bytes(message: Message) -> bytes:
+    """Encode a message."""
+    return message_to_proto(message).SerializeToString()
+
+
+def message_from_bytes(data: bytes) -> Message:
+    """Decode a message."""
+    return message_from_proto(ProtoMessage.FromString(data))
+
+
+def records_to_bytes(records: RecordDict) -> bytes:
+    """Encode a RecordDict."""
+    return recorddict_to_proto(records).SerializeToString()
+
+
+def records_from_bytes(data: bytes) -> RecordDict:
+    """Decode a RecordDict."""
+    return recorddict_from_proto(ProtoRecordDict.FromString(data))
+
+
+def with_content(message: Message, content: RecordDict) -> Message:
+    """Return a message with the same metadata and another content; the original is not changed."""
+    return Message(metadata=message.metadata, content=content)  # type: ignore[call-overload,no-any-return]
+
+
+def without_data(arrays: ArrayRecord) -> ArrayRecord:
+    """Return the same names, types and shapes, with no data."""
+    return ArrayRecord(
+        {key: Array(a.dtype, tuple(a.shape), a.stype, b"") for key, a in arrays.items()}
+    )
+
+
+def apply_mods(app: ClientApp, mods: list[Mod]) -> Callable[..., Message]:
+    """Return the app with mods around it, the first one outermost."""
+    return make_ffn(app, mods)
+
+
+def read_app_folder(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
+    """Read a Flower app's pyproject.toml.
+
+    Returns
+    -------
+    components : dict
+        ``serverapp`` and ``clientapp``, "module:attribute" each.
+    run_config : dict
+        Its default run config, flattened.
+
+    Raises
+    ------
+    FileNotFoundError, ValueError
+        If there is none, or Flower finds it invalid.
+    """
+    app = get_project_config(folder)["tool"]["flwr"]["app"]
+    return app["components"], flatten_dict(app.get("config", {}))
+
+
+def replace_strategy_start(loop: Callable[..., Any]) -> None:
+    """Make every strategy that does not override ``start`` run this loop instead of Flower's."""
+    Strategy.start = loop  # type: ignore[method-assign]

@@ -1,0 +1,125 @@
+"""What runs inside a child process: take a call, run it, send the reply, end."""
+
+import contextlib
+import importlib
+import os
+import resource
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from fedhpc.isolation import channel
+
+_MAX_TRACEBACK = 32 * 1024
+
+
+def main() -> None:
+    """Serve as a spawned child: a new interpreter with its channel's number as argument."""
+    sock = socket.socket(fileno=int(sys.argv[1]))
+    sock.set_inheritable(False)
+    code = 1
+    try:
+        received = channel.receive(sock)
+        if received is not None:
+            serve(sock, received[0])
+        code = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        leave(code)
+
+
+def leave(code: int) -> None:
+    """End this process at once, without the interpreter's slow teardown."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    os._exit(code)
+
+
+def serve(sock: socket.socket, options: dict[str, Any]) -> None:
+    """Answer calls until ``options["fits"]`` of them are done (0: no limit) or the pool is gone.
+
+    Parameters
+    ----------
+    sock : socket
+        The channel to the pool.
+    options : dict
+        ``prepare``: "module:function" to call before the first call, or None; ``prepare_arg``: its
+        argument; ``fits``: calls to answer; ``threads``: of torch.
+    """
+    imported_at_start = set(sys.modules)
+    failure: dict[str, Any] | None = None
+    if options["prepare"]:
+        try:
+            resolve(options["prepare"])(options["prepare_arg"])
+        except BaseException as error:
+            failure = _describe(error)  # told to whoever calls first
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(options["threads"])
+    done = 0
+    while True:
+        received = channel.receive(sock)
+        if received is None:
+            return
+        call, fds = received
+        done += 1
+        reply, reply_fds = _answer(call, fds) if failure is None else (failure, [])
+        reply["late_imports"] = sorted(set(sys.modules) - imported_at_start)[:100]
+        reply["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        last = done == options["fits"] or failure is not None
+        reply["last"] = last
+        try:
+            channel.send(sock, reply, reply_fds)
+        except OSError:
+            return
+        finally:
+            channel.close_all(reply_fds)
+        if last:
+            return
+
+
+def _answer(call: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+    os.environ.update(call["env"])
+    reply_fds: list[int] = []
+    try:
+        buffers = [channel.map_file(fd) for fd in fds]
+        channel.close_all(fds)
+        function = resolve(call["entry"])
+        entered_s = time.monotonic()
+        results = function(*buffers)
+        returned_s = time.monotonic()
+        for parts in results:
+            reply_fds.append(channel.write_memory(parts))
+    except BaseException as error:
+        channel.close_all(reply_fds)
+        return _describe(error), []
+    return {"entered_s": entered_s, "returned_s": returned_s}, reply_fds
+
+
+def _describe(error: BaseException) -> dict[str, Any]:
+    text = "".join(traceback.format_exception(error))
+    message = "".join(traceback.format_exception_only(error)).strip()
+    return {"error": message[-_MAX_TRACEBACK // 4 :], "traceback": text[-_MAX_TRACEBACK:]}
+
+
+def resolve(reference: str) -> Callable[..., Any]:
+    """Return the function that ``module:attribute`` names.
+
+    Raises
+    ------
+    ImportError, AttributeError
+        If there is none.
+    """
+    module, _, attribute = reference.partition(":")
+    target: Any = importlib.import_module(module)
+    for part in attribute.split("."):
+        target = getattr(target, part)
+    return target  # type: ignore[no-any-return]
+
+
+if __name__ == "__main__":
+    main()

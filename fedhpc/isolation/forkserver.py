@@ -1,0 +1,219 @@
+"""The fork server: a small single-threaded process from which every child is forked.
+
+It imports once what is slow to import, touches no CUDA and starts no thread. The array task asks
+for children over a control socket; each child gets a channel of its own to the array task.
+It is the subreaper of all of them: when a child ends, whatever the child left behind is killed, and
+when the array task is gone, so are the children and then the fork server.
+
+``multiprocessing.forkserver`` is not used because its children import the parent's main module
+again, it cannot prepare a child ahead, reports no signal of a dead child's descendants and keeps
+a resource tracker process.
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import os
+import selectors
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+from fedhpc.isolation import channel, child
+
+_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+
+
+def main() -> None:
+    """Serve the control socket whose number is the first argument, with options in the second."""
+    control = socket.socket(fileno=int(sys.argv[1]))
+    message = channel.receive(control)
+    if message is not None:
+        ForkServer(control, message[0]).serve()
+    child.leave(0)
+
+
+class ForkServer:
+    """Forks children on demand and outlives none of its purposes.
+
+    Parameters
+    ----------
+    control : socket
+        Connection to the array task.
+    options : dict
+        ``preload`` (modules), ``spawn`` (exec a new interpreter instead of a bare fork) and
+        ``child`` (passed on to each child).
+    """
+
+    def __init__(self, control: socket.socket, options: dict[str, Any]) -> None:
+        self._control = control
+        self._options = options
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._live: dict[int, int] = {}  # pid -> the number the array task knows it by
+        self._pid = os.getpid()
+
+    def serve(self) -> None:
+        """Serve until the array task closes its end."""
+        self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if not self._preload():
+            return
+        wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        signal.set_wakeup_fd(wake_write)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # it leaves when the array task does
+        selector = selectors.DefaultSelector()
+        selector.register(self._control, selectors.EVENT_READ)
+        selector.register(wake_read, selectors.EVENT_READ)
+        try:
+            while True:
+                ready = {key.fileobj for key, _ in selector.select()}
+                if wake_read in ready:
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(wake_read, 4096)
+                    self._reap()
+                if self._control in ready and not self._handle_request():
+                    return
+        except BrokenPipeError:
+            return
+        finally:
+            self._kill_everything()
+
+    def _preload(self) -> bool:
+        for name in self._options["preload"]:
+            if self._abandoned():
+                return False
+            # A module that cannot be imported fails in the child too, with the right traceback.
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(self._options["child"]["threads"])
+        # Children must not write to pages of objects they only share with this process.
+        gc.collect()
+        gc.freeze()
+        channel.send(self._control, {"event": "ready"})
+        return True
+
+    def _abandoned(self) -> bool:
+        try:
+            return self._control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
+        except BlockingIOError:
+            return False
+        except ConnectionError:
+            return True
+
+    def _handle_request(self) -> bool:
+        received = channel.receive(self._control)
+        if received is None:
+            return False
+        message, fds = received
+        if message["request"] == "start":
+            pid = self._start_child(fds[0])
+            self._live[pid] = message["number"]
+            channel.close_all(fds)
+            channel.send(
+                self._control, {"event": "started", "number": message["number"], "pid": pid}
+            )
+        elif message["request"] == "kill":
+            for pid, number in self._live.items():
+                if number == message["number"]:
+                    _kill_group(pid)
+        return True
+
+    def _start_child(self, channel_fd: int) -> int:
+        pid = os.fork()
+        if pid:
+            return pid
+        code = 1
+        try:
+            self._become_child()
+            if self._options["spawn"]:
+                os.set_inheritable(channel_fd, True)
+                os.execv(  # noqa: S606
+                    sys.executable,
+                    [sys.executable, "-m", "fedhpc.isolation.child", str(channel_fd)],
+                )
+            child.serve(socket.socket(fileno=channel_fd), self._options["child"])
+            code = 0
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        finally:
+            child.leave(code)
+        return 0  # never reached
+
+    def _become_child(self) -> None:
+        signal.set_wakeup_fd(-1)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_DFL)
+        os.setsid()
+        self._libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != self._pid:  # it died before the line above
+            os._exit(1)
+        # A daemon of the app becomes this child's, so an orphan is always a dead child's.
+        self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        # Under memory pressure the kernel should take the fit, not the array task.
+        with contextlib.suppress(OSError):
+            Path("/proc/self/oom_score_adj").write_text("500")
+        self._control.close()
+
+    def _reap(self) -> None:
+        while True:
+            try:
+                # Peek only: until it is reaped, nobody else can get its pid or its group's.
+                info = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if info is None:
+                return
+            number = self._live.pop(info.si_pid, None)
+            if number is not None:
+                _kill_group(info.si_pid)
+            _, status = os.waitpid(info.si_pid, 0)
+            if number is not None:
+                self._kill_orphans()
+                code = os.waitstatus_to_exitcode(status)
+                channel.send(self._control, {"event": "exited", "number": number, "code": code})
+
+    def _kill_orphans(self) -> None:
+        for pid in _children_of(self._pid):
+            if pid not in self._live:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    def _kill_everything(self) -> None:
+        for pid in self._live:
+            _kill_group(pid)
+        self._live.clear()
+        # Killing a process hands its children to us, so repeat until none is left.
+        while True:
+            self._kill_orphans()
+            try:
+                os.waitpid(-1, 0)
+            except ChildProcessError:
+                return
+
+
+def _kill_group(pid: int) -> None:
+    for kill in (os.killpg, os.kill):  # a child that was just forked has no group yet
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            kill(pid, signal.SIGKILL)
+
+
+def _children_of(pid: int) -> list[int]:
+    listing = Path(f"/proc/{pid}/task/{pid}/children")
+    with contextlib.suppress(OSError):
+        return [int(entry) for entry in listing.read_text().split()]
+    children = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):  # kernels without CONFIG_PROC_CHILDREN
+        with contextlib.suppress(OSError):
+            fields = stat.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == pid:
+                children.append(int(stat.parent.name))
+    return children
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""The names of everything in a run folder. No other module spells them."""
+
+import os
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from fedhpc.errors import ConfigError, PlatformError
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """One run's folder and what lies in it.
+
+    Parameters
+    ----------
+    root : Path
+        The run folder, ``<runs_dir>/<name>-<YYYYmmdd-HHMMSS>-<4 hex>``.
+    """
+
+    root: Path
+
+    @property
+    def run_id(self) -> str:
+        """The folder's name, unique for the user."""
+        return self.root.name
+
+    @property
+    def config(self) -> Path:
+        """The resolved config, every default written out."""
+        return self.root / "config.yaml"
+
+    @property
+    def manifest(self) -> Path:
+        """Versions, git state, host, command."""
+        return self.root / "manifest.json"
+
+    @property
+    def partitions(self) -> Path:
+        """Which examples each client has."""
+        return self.root / "partitions.npz"
+
+    @property
+    def rendezvous(self) -> Path:
+        """Where the server is."""
+        return self.root / "rendezvous.json"
+
+    @property
+    def secrets(self) -> Path:
+        """Certificates and keys of this run, 0700, deleted at its end."""
+        return self.root / "secrets"
+
+    @property
+    def jobs(self) -> Path:
+        """submitit's folder: scripts, logs and what was submitted."""
+        return self.root / "jobs"
+
+    @property
+    def submission(self) -> Path:
+        """Which jobs belong to this run."""
+        return self.jobs / "submission.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One line a round."""
+        return self.root / "metrics.jsonl"
+
+    @property
+    def fits(self) -> Path:
+        """One line a fit."""
+        return self.root / "fits.jsonl"
+
+    @property
+    def errors(self) -> Path:
+        """One file a failure."""
+        return self.root / "errors"
+
+    @property
+    def status(self) -> Path:
+        """How the run stands."""
+        return self.root / "status.json"
+
+    @property
+    def blobs(self) -> Path:
+        """Arrays too large for the link, by content."""
+        return self.root / "blobs"
+
+    @property
+    def model(self) -> Path:
+        """The final global model."""
+        return self.root / "model.safetensors"
+
+    def process(self, role: str) -> Path:
+        """Pid, start time and host of the process that plays ``role``."""
+        return self.jobs / f"{role}.json"
+
+    def attempt(self, number: int) -> Path:
+        """The file that claims attempt ``number`` (1 or more)."""
+        return self.root / f"attempt-{number:04d}"
+
+    def blob(self, digest: str) -> Path:
+        """The file of the arrays with this digest."""
+        return self.blobs / f"{digest}.safetensors"
+
+
+def create_run_folder(runs_dir: Path, name: str) -> RunPaths:
+    """Create a new run folder with its subfolders.
+
+    Raises
+    ------
+    PlatformError
+        If the folder cannot be written.
+    """
+    for _ in range(100):
+        stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+        paths = RunPaths((runs_dir / f"{name}-{stamp}-{os.urandom(2).hex()}").resolve())
+        try:
+            paths.root.mkdir(parents=True)
+            paths.jobs.mkdir()
+            paths.errors.mkdir()
+            paths.blobs.mkdir()
+        except FileExistsError:
+            if runs_dir.exists() and not runs_dir.is_dir():
+                raise PlatformError(
+                    f"cluster.runs_dir: expected a folder, found the file {runs_dir}",
+                    "name another folder with --set cluster.runs_dir=DIR",
+                ) from None
+            continue
+        except OSError as error:
+            raise PlatformError(
+                f"cluster.runs_dir: could not create a run folder in {runs_dir}: {error.strerror}",
+                "name a folder that you can write and every node sees, --set cluster.runs_dir=DIR",
+            ) from error
+        return paths
+    raise PlatformError(f"cluster.runs_dir: no free run folder name in {runs_dir}")
+
+
+def open_run_folder(path: Path) -> RunPaths:
+    """Return the paths of an existing run folder.
+
+    Raises
+    ------
+    ConfigError
+        If it is not one.
+    """
+    paths = RunPaths(path.resolve())
+    if not paths.config.is_file():
+        raise ConfigError(
+            "command line",
+            [f"RUN_DIR: expected a run folder with a config.yaml, found {path}"],
+            "run folders lie in cluster.runs_dir, by default ./runs",
+        )
+    return paths
+
+
+def latest_attempt(paths: RunPaths) -> int:
+    """Return the highest attempt ever claimed in the run folder; 0 if none."""
+    found = (re.fullmatch(r"attempt-(\d+)", entry) for entry in os.listdir(paths.root))
+    return max((int(match[1]) for match in found if match), default=0)
