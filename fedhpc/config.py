@@ -75,6 +75,10 @@ class App(Section):
     run_config: dict[StrictStr, StrictBool | StrictInt | float | StrictStr] = Field(
         default_factory=dict, description="its run config, over the values in pyproject.toml"
     )
+    mods: list[Reference] = Field(
+        default_factory=list,
+        description="mods around the ClientApp, e.g. flwr.clientapp.mod:fixedclipping_mod",
+    )
 
     @property
     def is_builtin(self) -> bool:
@@ -86,16 +90,22 @@ class Federation(Section):
     """Clients and rounds."""
 
     num_clients: Positive = Field(10, description="clients; client k holds partition k")
-    clients_per_round: Positive = Field(10, description="clients that train in each round: the cohort")
+    clients_per_round: Positive = Field(
+        10, description="clients that train in each round: the cohort"
+    )
     num_rounds: Positive = Field(10, description="rounds of training")
     evaluate_every: Positive = Field(
-        1, description="evaluate the global model on the server every n-th round, and after the last"
+        1,
+        description="evaluate the global model on the server every n-th round, and after the last",
     )
     clients_per_evaluation: Count = Field(
         0, description="clients that evaluate the global model on their own data in each round"
     )
     validation_fraction: float = Field(
-        0.2, gt=0, lt=1, description="share of a client's examples kept for its own evaluation, if any"
+        0.2,
+        gt=0,
+        lt=1,
+        description="share of a client's examples kept for its own evaluation, if any",
     )
     placement: Literal["any", "pinned"] = Field(
         "any", description="any: an array task trains any client; pinned: client k on task k mod T"
@@ -106,9 +116,9 @@ class Federation(Section):
 class Data(Section):
     """The data set of the built-in app and how clients share it."""
 
-    name: Literal[
-        "digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder"
-    ] = Field("digits", description="which data set")
+    name: Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder"] = (
+        Field("digits", description="which data set")
+    )
     root: StrictStr = Field(
         "~/.cache/fedhpc", description="folder for data sets, seen by every node; $VARIABLES work"
     )
@@ -146,8 +156,9 @@ class Isolation(Section):
         "auto", description="auto: the allotted GPUs, or the CPU where there are none"
     )
     slots: Literal["auto"] | Positive = Field(
-        "auto", description="fits at a time in an array task (on GPU: per GPU); auto: one a GPU,"
-        " or cores / threads_per_fit"
+        "auto",
+        description="fits at a time in an array task (on GPU: per GPU); auto: one a GPU,"
+        " or cores / threads_per_fit",
     )
     threads_per_fit: Positive = Field(
         1, description="threads of one fit; part of what makes a result reproducible"
@@ -379,9 +390,7 @@ def _parse_assignment(assignment: str) -> dict[str, Any]:
     try:
         value = yaml.load(text, _StrictLoader)  # noqa: S506
     except yaml.YAMLError as error:
-        raise ConfigError(
-            "command line", [f"--set {path}: not a YAML value: '{text}'"]
-        ) from error
+        raise ConfigError("command line", [f"--set {path}: not a YAML value: '{text}'"]) from error
     for key in reversed(keys):
         value = {key: value}
     assert isinstance(value, dict)  # noqa: S101  (keys is never empty)

@@ -96,7 +96,10 @@ def refresh_directory(folder: Path) -> None:
 
 
 def wait_until(
-    ready: Callable[[], bool], timeout_s: float, first_pause_s: float = 0.02, max_pause_s: float = 1.0
+    ready: Callable[[], bool],
+    timeout_s: float,
+    first_pause_s: float = 0.02,
+    max_pause_s: float = 1.0,
 ) -> bool:
     """Poll ``ready`` with growing pauses until it is true; return False at the deadline."""
     deadline = time.monotonic() + timeout_s
@@ -117,5 +120,7 @@ def claim(path: Path) -> bool:
     except OSError as error:
         if error.errno == errno.EEXIST:
             return False
-        raise PlatformError(f"could not create {path}: {error.strerror}", "check the disk") from error
+        raise PlatformError(
+            f"could not create {path}: {error.strerror}", "check the disk"
+        ) from error
     return True

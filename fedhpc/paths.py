@@ -37,6 +37,11 @@ class RunPaths:
         return self.root / "manifest.json"
 
     @property
+    def data(self) -> Path:
+        """Where the packed data set is."""
+        return self.root / "data.json"
+
+    @property
     def partitions(self) -> Path:
         """Which examples each client has."""
         return self.root / "partitions.npz"
@@ -53,7 +58,7 @@ class RunPaths:
 
     @property
     def jobs(self) -> Path:
-        """submitit's folder: scripts, logs and what was submitted."""
+        """Submitit's folder: scripts, logs and what was submitted."""
         return self.root / "jobs"
 
     @property
@@ -102,6 +107,14 @@ class RunPaths:
     def blob(self, digest: str) -> Path:
         """The file of the arrays with this digest."""
         return self.blobs / f"{digest}.safetensors"
+
+    def result_blob(self, message_id: str, digest: str) -> Path:
+        """The file of arrays that belong to a result: nobody else refers to it."""
+        return self.blobs / f"{message_id}.{digest}.safetensors"
+
+    def state_blob(self, client_id: int, record: str) -> Path:
+        """The file of one ArrayRecord of a client's state."""
+        return self.blobs / f"state-{client_id}-{record.encode().hex()}.safetensors"
 
 
 def create_run_folder(runs_dir: Path, name: str) -> RunPaths:

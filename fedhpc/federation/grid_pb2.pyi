@@ -180,11 +180,11 @@ class Payload(_message.Message):
     def __init__(self, message: _Optional[bytes] = ..., state: _Optional[bytes] = ..., arrays: _Optional[_Iterable[_Union[Arrays, _Mapping]]] = ..., client_id: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
 
 class Arrays(_message.Message):
-    __slots__ = ("record", "blob", "of_state")
+    __slots__ = ("record", "digest", "of_state")
     RECORD_FIELD_NUMBER: _ClassVar[int]
-    BLOB_FIELD_NUMBER: _ClassVar[int]
+    DIGEST_FIELD_NUMBER: _ClassVar[int]
     OF_STATE_FIELD_NUMBER: _ClassVar[int]
     record: str
-    blob: Blob
+    digest: str
     of_state: bool
-    def __init__(self, record: _Optional[str] = ..., blob: _Optional[_Union[Blob, _Mapping]] = ..., of_state: bool = ...) -> None: ...
+    def __init__(self, record: _Optional[str] = ..., digest: _Optional[str] = ..., of_state: bool = ...) -> None: ...

@@ -10,7 +10,7 @@ that one copies: Flower's arrays are views of the blob until Flower itself asks 
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -38,19 +38,12 @@ class Blob:
     size : int
         Bytes in all.
     parts : list
-        The bytes; empty if they lie in a file.
-    in_file : bool
-        Whether they lie in RUN_DIR/blobs.
+        The bytes.
     """
 
     digest: str
     size: int
     parts: list[BytesLike] = field(repr=False, compare=False)
-    in_file: bool = False
-
-    def to_proto(self) -> grid_pb2.Blob:
-        """Return what refers to it."""
-        return grid_pb2.Blob(digest=self.digest, size=self.size, in_file=self.in_file)
 
 
 def encode_arrays(arrays: ArrayRecord) -> Blob:
@@ -175,7 +168,7 @@ def pack(message: Message, state: RecordDict | None, cache: ArrayCache) -> Packe
             if isinstance(record, ArrayRecord):
                 blob = cache.encode(record)
                 blobs[blob.digest] = blob
-                payload.arrays.add(record=name, blob=blob.to_proto(), of_state=of_state)
+                payload.arrays.add(record=name, digest=blob.digest, of_state=of_state)
                 stripped[name] = compat.without_data(record)
             else:
                 stripped[name] = record
@@ -190,7 +183,7 @@ def pack(message: Message, state: RecordDict | None, cache: ArrayCache) -> Packe
 
 
 def unpack(
-    payload: grid_pb2.Payload, open_blob: Callable[[grid_pb2.Blob], memoryview]
+    payload: grid_pb2.Payload, open_blob: Callable[[str], memoryview]
 ) -> tuple[Message, RecordDict]:
     """Decode a message and a client's state.
 
@@ -199,7 +192,7 @@ def unpack(
     payload : Payload
         From `pack`.
     open_blob : callable
-        Returns the bytes of a blob.
+        Returns the bytes of the blob with this digest.
     """
     message = compat.message_from_bytes(payload.message)
     state = RecordDict()
@@ -208,10 +201,5 @@ def unpack(
     for entry in payload.arrays:
         records = state if entry.of_state else message.content
         skeleton = records.array_records[entry.record]
-        records[entry.record] = decode_arrays(skeleton, open_blob(entry.blob))
+        records[entry.record] = decode_arrays(skeleton, open_blob(entry.digest))
     return message, state
-
-
-def digests(blobs: Iterable[grid_pb2.Blob]) -> list[str]:
-    """Return the digests of blobs."""
-    return [blob.digest for blob in blobs]

@@ -53,11 +53,10 @@ def serve(sock: socket.socket, options: dict[str, Any]) -> None:
     """
     imported_at_start = set(sys.modules)
     failure: dict[str, Any] | None = None
-    if options["prepare"]:
-        try:
-            resolve(options["prepare"])(options["prepare_arg"])
-        except BaseException as error:
-            failure = _describe(error)  # told to whoever calls first
+    try:
+        prepare(options)
+    except BaseException as error:
+        failure = _describe(error)  # told to whoever calls first
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(options["threads"])
     done = 0
@@ -80,6 +79,12 @@ def serve(sock: socket.socket, options: dict[str, Any]) -> None:
             channel.close_all(reply_fds)
         if last:
             return
+
+
+def prepare(options: dict[str, Any]) -> None:
+    """Call the function that ``options["prepare"]`` names, if any."""
+    if options["prepare"]:
+        resolve(options["prepare"])(options["prepare_arg"])
 
 
 def _answer(call: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:

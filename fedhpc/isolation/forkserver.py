@@ -44,8 +44,9 @@ class ForkServer:
     control : socket
         Connection to the array task.
     options : dict
-        ``preload`` (modules), ``spawn`` (exec a new interpreter instead of a bare fork) and
-        ``child`` (passed on to each child).
+        ``preload`` (modules), ``spawn`` (exec a new interpreter instead of a bare fork),
+        ``prepare_early`` (call the children's ``prepare`` here, once) and ``child`` (passed on to
+        each child).
     """
 
     def __init__(self, control: socket.socket, options: dict[str, Any]) -> None:
@@ -91,6 +92,11 @@ class ForkServer:
                 importlib.import_module(name)
         if torch := sys.modules.get("torch"):
             torch.set_num_threads(self._options["child"]["threads"])
+        if self._options["prepare_early"]:
+            # If it fails, each child tries again and tells its caller why.
+            with contextlib.suppress(Exception):
+                child.prepare(self._options["child"])
+                self._options["child"]["prepare"] = None
         # Children must not write to pages of objects they only share with this process.
         gc.collect()
         gc.freeze()

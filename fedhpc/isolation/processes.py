@@ -16,7 +16,6 @@ from typing import Any, Literal, Self
 
 from fedhpc.errors import FitDied, FitFailed, PlatformError
 from fedhpc.isolation import channel
-from fedhpc.isolation.channel import BytesLike
 from fedhpc.isolation.slots import Slot
 
 logger = logging.getLogger(__name__)
@@ -44,6 +43,8 @@ class PoolOptions:
         Modules to import in the fork server; they must neither touch CUDA nor start threads.
     prepare : str, optional
         "module:function", called with ``prepare_arg`` in each child before its first call.
+    prepare_early : bool
+        Call it once in the fork server instead. It must neither touch CUDA nor start threads.
     """
 
     start_method: Literal["forkserver", "spawn"] = "forkserver"
@@ -53,6 +54,7 @@ class PoolOptions:
     preload: Sequence[str] = DEFAULT_PRELOAD
     prepare: str | None = None
     prepare_arg: str = ""
+    prepare_early: bool = False
 
     def child_options(self) -> dict[str, Any]:
         """What each child is told."""
@@ -99,6 +101,7 @@ class Reply:
 class _Child:
     number: int
     sock: socket.socket
+    tag: str = ""
     pid: int | None = None
     exit_code: int | None = None
     exited: threading.Event = field(default_factory=threading.Event)
@@ -158,6 +161,7 @@ class ChildPool:
         *,
         slot: Slot,
         timeout_s: float,
+        tag: str = "",
     ) -> Reply:
         """Call ``entry`` in a child and return what it returned.
 
@@ -172,6 +176,8 @@ class ChildPool:
             Where it runs. One call at a time in each slot.
         timeout_s : float
             Deadline of the call. At it the child and all its descendants are killed.
+        tag : str
+            What `cancel` may know the call by.
 
         Raises
         ------
@@ -182,6 +188,7 @@ class ChildPool:
         """
         called_s = time.monotonic()
         child = self._take(slot)
+        child.tag = tag
         try:
             if self._options.standby:
                 self._prepare_successor(child)
@@ -204,6 +211,7 @@ class ChildPool:
             self._forget(child)
             raise self._death(child)
         reply, fds = received
+        child.tag = ""
         if reply["last"]:
             self._forget(child)
         else:
@@ -224,10 +232,10 @@ class ChildPool:
         with self._lock:
             return [child.pid for child in self._live.values() if child.pid is not None]
 
-    def kill_all(self) -> None:
-        """Kill every child; calls in progress raise `FitDied`. The pool stays usable."""
+    def cancel(self, tag: str) -> None:
+        """Kill the children of calls with this tag; the calls raise `FitDied`."""
         with self._lock:
-            children = list(self._live.values())
+            children = [child for child in self._live.values() if child.tag == tag]
         for child in children:
             self._kill(child)
 
@@ -333,6 +341,7 @@ class ChildPool:
         env = dict(os.environ)
         for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
             env[name] = str(options.threads_per_fit)
+        env["PYTHONHASHSEED"] = "0"  # the order of sets is the same in every array task
         # torch.cuda.is_available() at an app's import then asks NVML and makes no CUDA context.
         env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
         with theirs:
@@ -347,6 +356,7 @@ class ChildPool:
             {
                 "preload": [] if spawn else list(options.preload),
                 "spawn": spawn,
+                "prepare_early": options.prepare_early and not spawn,
                 "child": options.child_options(),
             },
         )

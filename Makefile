@@ -1,0 +1,46 @@
+# make PYTHON=/path/to/python3.12   uses another interpreter for .venv
+# make VENV=/path/to/venv           uses (or makes) an environment elsewhere, e.g. off a small home
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+.PHONY: help demo test check proto clean
+
+help:  ## Show this list
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+
+demo: $(VENV)/.installed  ## Run a small federation on this machine
+	$(BIN)/python -m fedhpc.submit configs/digits.yaml --executor local --follow
+
+test: $(VENV)/.installed-test  ## Run the tests; no root, Slurm or GPU needed
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(VENV)/.installed-check  ## Check style, types and layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit/test_layers.py
+
+proto:  ## Generate the messages of the link anew
+	$(PYTHON) -m venv build/proto
+	build/proto/bin/pip install -q grpcio-tools==1.68.1
+	build/proto/bin/python -m grpc_tools.protoc -I . --python_out=. --pyi_out=. fedhpc/federation/grid.proto
+
+clean:  ## Remove what make made here; runs/ stays
+	rm -rf .venv build .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(BIN)/python
+	@echo "installing fedhpc into $(VENV): torch is 5 GB, this takes a few minutes the first time"
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(VENV)/.installed-test: pyproject.toml | $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-check: pyproject.toml | $(VENV)/.installed-test
+	$(BIN)/python -m pip install --quiet --editable '.[test,check]'
+	@touch $@

@@ -1,0 +1,257 @@
+"""Start and stop the jobs of a run: the only user of submitit."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedhpc import client, environment, files, run_state, server
+from fedhpc.config import Config, JobOptions
+from fedhpc.errors import SubmissionError
+from fedhpc.paths import RunPaths
+
+_LOCAL_TIMEOUT_MIN = 60.0 * 24 * 30  # LocalExecutor would end every job after 2 minutes
+_TERM_TIMEOUT_S = 8.0
+_KILL_TIMEOUT_S = 5.0
+
+
+@dataclass
+class Submission:
+    """The jobs of a run, as jobs/submission.json has them.
+
+    Attributes
+    ----------
+    executor : str
+        slurm or local.
+    server : str
+        Job id; with ``local`` the pid of submitit's controller process.
+    clients : list of str
+        Job ids of the array tasks.
+    """
+
+    executor: str
+    server: str
+    clients: list[str] = field(default_factory=list)
+
+    def roles(self) -> Iterator[tuple[str, str]]:
+        """Yield role and job id of each job."""
+        yield "server", self.server
+        for index, job_id in enumerate(self.clients):
+            yield f"client-{index}", job_id
+
+
+def read_submission(paths: RunPaths) -> Submission | None:
+    """Return the jobs of a run; None if it was not submitted."""
+    value = files.read_json(paths.submission)
+    return Submission(**value) if isinstance(value, dict) else None
+
+
+def submit(config: Config, paths: RunPaths) -> Submission:
+    """Submit the server job and the client array of a run folder.
+
+    Raises
+    ------
+    SubmissionError
+        If a job is refused; a server job that was accepted already is cancelled.
+    """
+    run_state.write(paths, "pending", "submitted")
+    if config.cluster.executor == "slurm":
+        submission = _submit_slurm(config, paths)
+    else:
+        submission = _submit_local(config, paths)
+    files.write_json(paths.submission, asdict(submission))
+    return submission
+
+
+# --- local -------------------------------------------------------------------------------------------
+
+
+def _submit_local(config: Config, paths: RunPaths) -> Submission:
+    import submitit
+
+    cluster = config.cluster
+    executor = submitit.LocalExecutor(folder=paths.jobs, python=cluster.python)
+    executor.update_parameters(
+        timeout_min=cluster.time_min or _LOCAL_TIMEOUT_MIN, setup=cluster.setup
+    )
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = min(cluster.array_tasks, cluster.max_parallel or cluster.array_tasks)
+    submission = Submission("local", "")
+    with _untouched_by_terminal():
+        try:
+            job = executor.submit(_with_gpus, gpus, server.run, str(paths.root))
+            submission.server = job.job_id
+            for index in range(count):
+                job = executor.submit(_with_gpus, gpus, client.run, str(paths.root), index)
+                submission.clients.append(job.job_id)
+        except OSError as error:
+            files.write_json(paths.submission, asdict(submission))
+            cancel(paths)
+            raise SubmissionError(f"a local process could not be started: {error}") from error
+    return submission
+
+
+def _with_gpus(gpus: str | None, function: Callable[..., None], *args: Any) -> None:
+    """Call a function with the GPUs that submit saw; LocalExecutor hides them all."""
+    if gpus is None:
+        os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus
+    function(*args)
+
+
+@contextlib.contextmanager
+def _untouched_by_terminal() -> Iterator[None]:
+    """Start processes that a Ctrl-C or the end of the terminal does not reach.
+
+    An ignored signal stays ignored in a new program; submit itself decides what a Ctrl-C means.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    hash_seed = os.environ.get("PYTHONHASHSEED")
+    os.environ["PYTHONHASHSEED"] = "0"  # the order of sets in strategies is the same in every run
+    for number in before:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if hash_seed is None:
+            del os.environ["PYTHONHASHSEED"]
+        else:
+            os.environ["PYTHONHASHSEED"] = hash_seed
+
+
+# --- Slurm -------------------------------------------------------------------------------------------
+
+
+def _submit_slurm(config: Config, paths: RunPaths) -> Submission:
+    import submitit
+
+    cluster = config.cluster
+    submission = Submission("slurm", "")
+    try:
+        executor = submitit.SlurmExecutor(folder=paths.jobs, python=cluster.python)
+        executor.update_parameters(
+            **slurm_parameters(cluster, cluster.server, f"{config.name}-server"),
+            setup=cluster.setup,
+        )
+        submission.server = executor.submit(server.run, str(paths.root)).job_id
+        files.write_json(paths.submission, asdict(submission))
+        executor = submitit.SlurmExecutor(folder=paths.jobs, python=cluster.python)
+        parameters = slurm_parameters(cluster, cluster.clients, f"{config.name}-clients")
+        parameters["additional_parameters"]["dependency"] = f"after:{submission.server}"
+        executor.update_parameters(
+            **parameters,
+            array_parallelism=cluster.max_parallel or cluster.array_tasks,
+            setup=cluster.setup,
+        )
+        with executor.batch():
+            jobs = [
+                executor.submit(client.run, str(paths.root)) for _ in range(cluster.array_tasks)
+            ]
+        submission.clients = [job.job_id for job in jobs]
+    except (submitit.core.utils.FailedJobError, RuntimeError, OSError) as error:
+        if submission.server:
+            _scancel([submission.server])
+        raise SubmissionError(f"Slurm refused a job: {error}") from error
+    return submission
+
+
+def slurm_parameters(common: JobOptions, special: JobOptions, name: str) -> dict[str, Any]:
+    """Return submitit's parameters for a job: the common options with the job's own over them."""
+    options = {
+        **common.model_dump(include=set(JobOptions.model_fields), exclude_none=True),
+        **special.model_dump(exclude_none=True, exclude_defaults=True),
+    }
+    extra = {**common.extra, **special.extra}
+    parameters: dict[str, Any] = {"job_name": name, "stderr_to_stdout": False}
+    names = {
+        "slurm_partition": "partition", "account": "account", "qos": "qos",
+        "constraint": "constraint", "cpus_per_task": "cpus_per_task", "gres": "gres",
+    }  # fmt: skip
+    for ours, theirs in names.items():
+        if ours in options:
+            parameters[theirs] = options[ours]
+    if "time_min" in options:
+        parameters["time"] = options["time_min"]
+    if "mem_gb" in options:
+        parameters["mem"] = f"{options['mem_gb'] * 1000:.0f}M"
+    if options.get("gpus_per_task"):
+        extra["gpus-per-task"] = options["gpus_per_task"]
+    # submitit asks for a workload key by default, which many sites refuse.
+    parameters["additional_parameters"] = {"wckey": None, **extra}
+    return parameters
+
+
+def _scancel(job_ids: list[str]) -> None:
+    import subprocess
+
+    arrays = sorted({job_id.split("_")[0] for job_id in job_ids})
+    subprocess.run(["scancel", *arrays], check=False, timeout=30)  # noqa: S607
+
+
+# --- either ------------------------------------------------------------------------------------------
+
+
+def alive(paths: RunPaths, submission: Submission) -> list[str]:
+    """Return the roles whose local processes live; with Slurm, see `fedhpc.status`."""
+    return [
+        role
+        for role, job_id in submission.roles()
+        if run_state.live_pid(paths, role) is not None or _is_child(int(job_id))
+    ]
+
+
+def _is_child(pid: int) -> bool:
+    """Return whether a controller that this process started still runs."""
+    with contextlib.suppress(ChildProcessError):
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    return Path(f"/proc/{pid}/stat").exists() and "submitit" in _command_line(pid)
+
+
+def _command_line(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
+
+
+def cancel(paths: RunPaths) -> None:
+    """End every job of a run: politely, then with force. Returns when they are gone."""
+    submission = read_submission(paths)
+    if submission is None:
+        return
+    if submission.executor == "slurm":
+        _scancel([*submission.clients, submission.server])
+        return
+    for number, timeout_s in ((signal.SIGTERM, _TERM_TIMEOUT_S), (signal.SIGKILL, _KILL_TIMEOUT_S)):
+        for role, job_id in reversed(list(submission.roles())):
+            pid = run_state.live_pid(paths, role)
+            if pid is None and _is_child(int(job_id)):
+                pid = int(job_id)  # it has not come as far as to register
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        if files.wait_until(lambda: not alive(paths, submission), timeout_s):
+            break
+
+
+def wait_for_end(paths: RunPaths, submission: Submission, timeout_s: float) -> list[str]:
+    """Wait until the local processes are gone; return the roles that are not."""
+    files.wait_until(lambda: not alive(paths, submission), timeout_s)
+    return alive(paths, submission)
+
+
+def choose_executor(config: Config) -> str:
+    """Return the executor that ``auto`` stands for here."""
+    if config.cluster.executor != "auto":
+        return config.cluster.executor
+    return "slurm" if environment.has_slurm() else "local"
+
+
+def log_paths(paths: RunPaths, job_id: str) -> list[Path]:
+    """Return the logs of a job, standard error last."""
+    return [paths.jobs / f"{job_id}_0_log.{stream}" for stream in ("out", "err")]

@@ -1,0 +1,102 @@
+"""Blobs as files of the run folder, and the blobs that the server's open messages refer to."""
+
+import contextlib
+import os
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from fedhpc.errors import PlatformError
+from fedhpc.federation import grid_pb2
+from fedhpc.federation.payload import Blob, BytesLike
+from fedhpc.paths import RunPaths
+
+
+def write_blob(path: Path, parts: Sequence[BytesLike]) -> None:
+    """Write a blob's file, whole or not at all.
+
+    Raises
+    ------
+    PlatformError
+        If the disk refuses it.
+    """
+    beside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise PlatformError(
+            f"could not write {path}: {error.strerror}", "check space and quota of the disk"
+        ) from error
+
+
+class BlobStore:
+    """Blobs by digest, kept while a message refers to them and until the next ones come.
+
+    They are kept that long because the model that was evaluated last is the one trained next.
+
+    Parameters
+    ----------
+    paths : RunPaths
+        Of the run; blobs of more than ``inline_bytes`` bytes lie there as files.
+    """
+
+    def __init__(self, paths: RunPaths, inline_bytes: int) -> None:
+        self._paths = paths
+        self._inline_bytes = inline_bytes
+        self._lock = threading.Lock()
+        self._blobs: dict[str, Blob] = {}
+        self._users: dict[str, set[str]] = {}
+        self._digests_of: dict[str, list[str]] = {}
+
+    def add(self, blobs_of: Mapping[str, Sequence[Blob]]) -> list[str]:
+        """Add the blobs of messages; return the digests of blobs that nobody refers to any more."""
+        new = {blob.digest: blob for blobs in blobs_of.values() for blob in blobs}
+        for digest, blob in new.items():
+            if self._is_file(blob) and digest not in self._blobs:
+                write_blob(self._paths.blob(digest), blob.parts)
+        with self._lock:
+            self._blobs.update(new)
+            for message_id, blobs in blobs_of.items():
+                self._digests_of[message_id] = [blob.digest for blob in blobs]
+                for blob in blobs:
+                    self._users.setdefault(blob.digest, set()).add(message_id)
+            stale = [digest for digest, users in self._users.items() if not users]
+            for digest in stale:
+                self._remove(digest)
+        return stale
+
+    def drop(self, message_id: str) -> None:
+        """Note that a message needs its blobs no more."""
+        with self._lock:
+            for digest in self._digests_of.pop(message_id, ()):
+                self._users[digest].discard(message_id)
+
+    def clear(self) -> None:
+        """Remove all."""
+        with self._lock:
+            for digest in list(self._users):
+                self._remove(digest)
+            self._digests_of.clear()
+
+    def parts(self, digest: str) -> list[BytesLike]:
+        """Return the bytes of a blob."""
+        with self._lock:
+            return self._blobs[digest].parts
+
+    def describe(self, blob: Blob) -> grid_pb2.Blob:
+        """Return what an array task needs to find the blob."""
+        return grid_pb2.Blob(digest=blob.digest, size=blob.size, in_file=self._is_file(blob))
+
+    def _is_file(self, blob: Blob) -> bool:
+        return blob.size > self._inline_bytes
+
+    def _remove(self, digest: str) -> None:
+        del self._users[digest]
+        if self._is_file(self._blobs.pop(digest)):
+            self._paths.blob(digest).unlink(missing_ok=True)

@@ -1,0 +1,90 @@
+"""The built-in app's client: trains and evaluates an image classifier on its partition.
+
+An ordinary Flower ClientApp; its run config has one key, ``run-dir``.
+"""
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedhpc.federation.experiment import Experiment, open_experiment
+from fedhpc.isolation.devices import device_of_this_child
+from fedhpc.learning import metrics, training
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the received model on this client's examples and return it."""
+    experiment = open_experiment(str(context.run_config["run-dir"]))
+    settings = experiment.config.training
+    device = device_of_this_child()
+    experiment.set_determinism(device)
+    model = experiment.build_model()
+    (arrays_key, arrays), *_ = message.content.array_records.items()
+    model.load_state_dict(arrays.to_torch_state_dict())
+    examples = experiment.examples(int(context.node_config["partition-id"]))
+    measured = training.train(
+        model.to(device),
+        examples.images,
+        examples.labels,
+        mean=experiment.dataset.mean,
+        std=experiment.dataset.std,
+        epochs=settings.epochs,
+        batch_size=settings.batch_size,
+        optimizer=settings.optimizer.name,
+        optimizer_params=settings.optimizer.params,
+        device=device,
+        proximal_mu=_proximal_mu(message),
+    )
+    content = RecordDict(
+        {
+            arrays_key: ArrayRecord(model.state_dict()),
+            "metrics": MetricRecord(
+                {"num-examples": len(examples.labels), "train_loss": measured["loss"]}
+            ),
+        }
+    )
+    return Message(content, reply_to=message)
+
+
+@app.evaluate()
+def evaluate(message: Message, context: Context) -> Message:
+    """Evaluate the received model on the examples that this client does not train on."""
+    experiment = open_experiment(str(context.run_config["run-dir"]))
+    arrays, *_ = message.content.array_records.values()
+    client_id = int(context.node_config["partition-id"])
+    examples = experiment.examples(client_id, validation=True)
+    measured = evaluate_arrays(experiment, arrays, examples.images, examples.labels)
+    scalars = {key: measured[key] for key in ("loss", "accuracy", "precision", "recall", "f1")}
+    record = MetricRecord({"num-examples": len(examples.labels), **scalars})
+    return Message(RecordDict({"metrics": record}), reply_to=message)
+
+
+def evaluate_arrays(
+    experiment: Experiment, arrays: ArrayRecord, images: object, labels: object
+) -> dict[str, object]:
+    """Return the metrics of a model on some examples."""
+    device = device_of_this_child()
+    experiment.set_determinism(device)
+    model = experiment.build_model()
+    model.load_state_dict(arrays.to_torch_state_dict())
+    dataset = experiment.dataset
+    return metrics.evaluate(
+        model.to(device),
+        images,
+        labels,
+        mean=dataset.mean,
+        std=dataset.std,
+        num_classes=len(dataset.classes),
+        device=device,
+    )
+
+
+def _proximal_mu(message: Message) -> float:
+    """Return FedProx's coefficient, if the strategy sent one."""
+    record: ConfigRecord
+    for record in message.content.config_records.values():
+        if "proximal-mu" in record:
+            return float(record["proximal-mu"])  # type: ignore[arg-type]
+    return 0.0

@@ -1,0 +1,81 @@
+"""What the two halves of the built-in app share: the run's data, model and hyperparameters."""
+
+import os
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedhpc import config
+from fedhpc.files import read_json
+from fedhpc.learning import data, models, partitions, training
+from fedhpc.learning.data import Dataset, Split
+from fedhpc.paths import RunPaths
+
+
+class Experiment:
+    """One run of the built-in app, seen from any process.
+
+    Parameters
+    ----------
+    run_dir : Path
+        The run folder.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.paths = RunPaths(run_dir)
+        self.config = config.load(self.paths.config)
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        """The data set, memory-mapped: all children of a node share its pages."""
+        packed = Path(read_json(self.paths.data)["packed"])
+        if self.config.data.stage_to is not None:
+            target = Path(os.path.expandvars(self.config.data.stage_to)).expanduser()
+            packed = data.stage(packed, target)
+        return data.open_dataset(packed)
+
+    @cached_property
+    def _partitions(self) -> list[np.ndarray]:
+        return partitions.load(self.paths.partitions)
+
+    def warm_up(self) -> None:
+        """Open what every child needs, so that the children of this process inherit it."""
+        _ = self.dataset, self._partitions
+
+    def examples(self, client_id: int, *, validation: bool = False) -> Split:
+        """Return a client's examples; copies, unlike the data set.
+
+        If clients evaluate, the last ``validation_fraction`` of each one's examples (at least one)
+        is kept for that and not trained on.
+        """
+        indices = self._partitions[client_id]
+        federation = self.config.federation
+        if federation.clients_per_evaluation:
+            kept = max(1, round(len(indices) * federation.validation_fraction))
+            indices = indices[-kept:] if validation else indices[:-kept]
+        split = self.dataset.train
+        return Split(split.images[indices], split.labels[indices])
+
+    def build_model(self) -> torch.nn.Module:
+        """Return the model, freshly initialised from torch's global generator."""
+        dataset = self.dataset
+        channels, height, width = dataset.train.images.shape[1:]
+        return models.build(
+            self.config.model.name,
+            self.config.model.params,
+            (channels, height, width),
+            len(dataset.classes),
+        )
+
+    def set_determinism(self, device: torch.device) -> None:
+        """Switch deterministic algorithms on, if the config asks for them."""
+        if self.config.training.deterministic:
+            training.make_deterministic(device)
+
+
+@lru_cache(maxsize=1)
+def open_experiment(run_dir: str) -> Experiment:
+    """Return the run's experiment; the same object within a process and its forks."""
+    return Experiment(Path(run_dir))

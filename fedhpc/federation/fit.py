@@ -1,0 +1,117 @@
+"""One fit: what a child process does with a message for a client.
+
+`fedhpc.isolation` calls `prepare` and `run` by name; the debug executor calls `execute`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Message
+
+from fedhpc import config
+from fedhpc.federation import apps, compat, grid_pb2, seeds
+from fedhpc.federation.blobs import write_blob
+from fedhpc.federation.payload import ArrayCache, Blob, BytesLike, pack, unpack
+from fedhpc.isolation.devices import device_of_this_child
+from fedhpc.paths import RunPaths
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What every fit of a run needs."""
+
+    config: config.Config
+    paths: RunPaths
+    spec: apps.AppSpec
+    app: apps.ClientCallable
+
+
+_prepared: Prepared | None = None
+
+
+def load(run_dir: str) -> Prepared:
+    """Load the run's config and its ClientApp."""
+    paths = RunPaths(Path(run_dir))
+    resolved = config.load(paths.config)
+    spec = apps.locate(resolved, paths)
+    compat.set_identity(paths.run_id)
+    return Prepared(resolved, paths, spec, apps.load_client(spec))
+
+
+def prepare(run_dir: str) -> None:
+    """Make this process ready for `run`. Touches no CUDA unless the app's import does."""
+    global _prepared
+    prepared = load(run_dir)
+    if prepared.config.app.is_builtin:
+        from fedhpc.federation import experiment
+
+        experiment.open_experiment(run_dir).warm_up()
+    _prepared = prepared
+
+
+def run(work: memoryview, *blobs: memoryview) -> list[Sequence[BytesLike]]:
+    """Answer a message: the entry that children are called with.
+
+    Parameters
+    ----------
+    work : memoryview
+        A `grid_pb2.Work`.
+    *blobs : memoryview
+        Its blobs, in their order.
+
+    Returns
+    -------
+    list
+        A `grid_pb2.Result`, then the bytes of those of its blobs that are not in files.
+    """
+    assert _prepared is not None  # noqa: S101  (the pool calls prepare first)
+    device_of_this_child()  # a GPU that torch cannot use is an error for every app
+    request = grid_pb2.Work.FromString(bytes(work))
+    views = {blob.digest: view for blob, view in zip(request.blobs, blobs, strict=True)}
+    result, inline = execute(_prepared, request, views)
+    return [[result.SerializeToString()], *(blob.parts for blob in inline)]
+
+
+def execute(
+    prepared: Prepared, work: grid_pb2.Work, views: Mapping[str, memoryview]
+) -> tuple[grid_pb2.Result, list[Blob]]:
+    """Call the ClientApp for one message.
+
+    Returns
+    -------
+    result : Result
+        The reply.
+    inline : list of Blob
+        The result's blobs that are not in files, in its order.
+
+    Raises
+    ------
+    Exception
+        Whatever the app raises.
+    """
+    payload = grid_pb2.Payload.FromString(work.payload)
+    message, state = unpack(payload, views.__getitem__)
+    context = apps.client_context(
+        prepared.spec,
+        prepared.paths.run_id,
+        payload.client_id,
+        prepared.config.federation.num_clients,
+        state,
+    )
+    seeds.seed_all(payload.seed)
+    reply = prepared.app(message, context)
+    if not isinstance(reply, Message):
+        raise TypeError(f"the ClientApp returned {type(reply).__name__}, expected a Message")
+    packed = pack(reply, context.state, ArrayCache())
+    result = grid_pb2.Result(message_id=work.message_id, payload=packed.payload.SerializeToString())
+    inline = []
+    for blob in packed.blobs:
+        in_file = blob.size > prepared.config.cluster.inline_mb * 1e6
+        result.blobs.add(digest=blob.digest, size=blob.size, in_file=in_file)
+        if in_file:
+            path = prepared.paths.result_blob(work.message_id, blob.digest)
+            write_blob(path, blob.parts)
+        else:
+            inline.append(blob)
+    return result, inline

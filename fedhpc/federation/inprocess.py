@@ -1,0 +1,64 @@
+"""The debug executor's transport: every fit in this process, one after the other."""
+
+import time
+import traceback
+from collections.abc import Iterable, Sequence
+
+from fedhpc.federation import fit, grid_pb2
+from fedhpc.federation.transport import Request, Response
+
+
+class InProcess:
+    """A `Transport` that answers in the order of sending, with breakpoints working.
+
+    Parameters
+    ----------
+    prepared : Prepared
+        The run's ClientApp.
+    """
+
+    def __init__(self, prepared: fit.Prepared) -> None:
+        self._prepared = prepared
+        self._waiting: dict[str, Request] = {}
+
+    def send(self, requests: Sequence[Request]) -> None:
+        """Take requests; see `Transport`."""
+        self._waiting.update({request.message_id: request for request in requests})
+
+    def receive(self, message_ids: Iterable[str], timeout_s: float) -> list[Response]:
+        """Run the next waiting fit; see `Transport`."""
+        wanted = set(message_ids)
+        for message_id, request in self._waiting.items():
+            if message_id in wanted:
+                del self._waiting[message_id]
+                return [self._answer(request)]
+        return []
+
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        """Forget requests; see `Transport`."""
+        for message_id in message_ids:
+            self._waiting.pop(message_id, None)
+
+    def _answer(self, request: Request) -> Response:
+        work = grid_pb2.Work(
+            message_id=request.message_id,
+            payload=request.packed.payload.SerializeToString(),
+        )
+        views = {blob.digest: memoryview(b"".join(blob.parts)) for blob in request.packed.blobs}
+        start_s = time.monotonic()
+        try:
+            result, inline = fit.execute(self._prepared, work, views)
+        except Exception as error:
+            failure = grid_pb2.Failure(
+                reason="".join(traceback.format_exception_only(error)).strip(),
+                traceback=traceback.format_exc(),
+                raised=True,
+            )
+            return Response(request.message_id, failure=failure, array_task=0)
+        return Response(
+            request.message_id,
+            payload=grid_pb2.Payload.FromString(result.payload),
+            blobs={blob.digest: memoryview(b"".join(blob.parts)) for blob in inline},
+            fit=grid_pb2.Fit(run_s=time.monotonic() - start_s),
+            array_task=0,
+        )

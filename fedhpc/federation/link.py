@@ -1,0 +1,126 @@
+"""The array task's end of the link: one outbound gRPC stream, so it needs no open port.
+
+The server's end is `fedhpc.federation.link_server`. This module loads neither flwr nor torch: the
+array task's own process stays small.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Iterable, Iterator
+
+import grpc
+
+from fedhpc.errors import PlatformError
+from fedhpc.federation import certificates, grid_pb2
+
+METHOD = "/fedhpc.Link/Connect"
+CHUNK = 2 * 1024 * 1024
+# Arrays go in chunks; this bounds what an app puts into configs and metrics.
+OPTIONS: list[tuple[str, int | str]] = [
+    ("grpc.max_receive_message_length", 512 * 1024 * 1024),
+    ("grpc.max_send_message_length", 512 * 1024 * 1024),
+    ("grpc.enable_http_proxy", 0),  # many sites set http_proxy, which knows no compute node
+]
+
+Event = grid_pb2.FromArrayTask
+
+
+def chunks(
+    digest: str, parts: Iterable[bytes | bytearray | memoryview]
+) -> Iterator[grid_pb2.Chunk]:
+    """Split a blob's bytes into messages of at most `CHUNK` bytes."""
+    views = [memoryview(part).cast("B") for part in parts if len(part)]
+    size = sum(map(len, views))
+    offset = 0
+    for view in views:
+        for start in range(0, len(view), CHUNK):
+            data = bytes(view[start : start + CHUNK])
+            yield grid_pb2.Chunk(digest=digest, size=size, offset=offset, data=data)
+            offset += len(data)
+
+
+class LinkClient:
+    """One connection to the server.
+
+    Parameters
+    ----------
+    address : str
+        "host:port".
+    credentials : grpc.ChannelCredentials
+        Of this run.
+    hello : Hello
+        Who we are.
+    liveness_timeout_s : float
+        Silence after which the server counts as lost.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        credentials: grpc.ChannelCredentials,
+        hello: grid_pb2.Hello,
+        liveness_timeout_s: float,
+    ) -> None:
+        self.address = address
+        self._liveness_timeout_s = liveness_timeout_s
+        self._outgoing: queue.SimpleQueue[Iterator[Event] | None] = queue.SimpleQueue()
+        self._outgoing.put(iter([Event(hello=hello)]))
+        self._channel = grpc.secure_channel(
+            address,
+            credentials,
+            [*OPTIONS, ("grpc.ssl_target_name_override", certificates.SERVER_NAME)],
+        )
+        connect = self._channel.stream_stream(
+            METHOD,
+            request_serializer=Event.SerializeToString,
+            response_deserializer=grid_pb2.ToArrayTask.FromString,
+        )
+        self._heard_s = time.monotonic()
+        self._closed = threading.Event()
+        self._call = connect(self._requests(), wait_for_ready=False)
+        threading.Thread(target=self._keep_alive, name="heartbeat", daemon=True).start()
+
+    def events(self) -> Iterator[grid_pb2.ToArrayTask]:
+        """Yield what the server says.
+
+        Raises
+        ------
+        PlatformError
+            When the stream breaks, or the server is silent for too long.
+        """
+        try:
+            for event in self._call:
+                self._heard_s = time.monotonic()
+                yield event
+        except grpc.RpcError as error:
+            if self._closed.is_set():
+                return
+            silence_s = time.monotonic() - self._heard_s
+            if silence_s > self._liveness_timeout_s:
+                found = f"the server was silent for {silence_s:.0f} s"
+            else:
+                found = f"{error.code().name}: {error.details()}"
+            raise PlatformError(f"link to the server at {self.address}: {found}") from error
+
+    def send(self, events: Iterable[Event]) -> None:
+        """Queue messages; they are made when the stream has room for them."""
+        self._outgoing.put(iter(events))
+
+    def close(self) -> None:
+        """End the stream."""
+        self._closed.set()
+        self._outgoing.put(None)
+        self._call.cancel()
+        self._channel.close()
+
+    def _requests(self) -> Iterator[Event]:
+        while (events := self._outgoing.get()) is not None:
+            yield from events
+
+    def _keep_alive(self) -> None:
+        while not self._closed.wait(self._liveness_timeout_s / 5):
+            self.send([Event(heartbeat=grid_pb2.Heartbeat())])
+            if time.monotonic() - self._heard_s > self._liveness_timeout_s:
+                self._call.cancel()
+                return

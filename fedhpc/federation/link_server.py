@@ -1,0 +1,368 @@
+"""The server's end of the links: a gRPC service over `Dispatch`, in a thread of its own."""
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import grpc
+
+from fedhpc.errors import PlatformError
+from fedhpc.federation import dispatch, grid_pb2, link
+from fedhpc.federation.blobs import BlobStore
+from fedhpc.federation.transport import Request, Response
+from fedhpc.paths import RunPaths
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+ToArrayTask = grid_pb2.ToArrayTask
+_Context = grpc.aio.ServicerContext[grid_pb2.FromArrayTask, ToArrayTask]
+
+
+@dataclass(eq=False)
+class _Peer:
+    """One connected array task."""
+
+    number: int
+    hello: grid_pb2.Hello
+    outgoing: asyncio.Queue[ToArrayTask | None] = field(default_factory=asyncio.Queue)
+    sent: set[str] = field(default_factory=set)
+    arriving: dict[str, bytearray] = field(default_factory=dict)
+    arrived: dict[str, memoryview] = field(default_factory=dict)
+    dropped: asyncio.Future[str] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+@dataclass
+class LinkOptions:
+    """How the server treats its links.
+
+    Attributes
+    ----------
+    run_id : str
+        Peers of another run are refused.
+    attempt : int
+        Of this server.
+    liveness_timeout_s : float
+        Silence after which an array task counts as lost.
+    array_task_timeout_s : float
+        How long work may wait with no array task connected.
+    inline_bytes : int
+        The largest blob that goes over a link; larger ones are files.
+    """
+
+    run_id: str
+    attempt: int
+    liveness_timeout_s: float
+    array_task_timeout_s: float
+    inline_bytes: int
+
+
+class LinkServer:
+    """A `Transport` over the links of the array tasks.
+
+    Parameters
+    ----------
+    machine : Dispatch
+        Decides who runs what. It is touched by the server's thread alone.
+    options : LinkOptions
+        See there.
+    paths : RunPaths
+        Of the run, for blobs that are files.
+    credentials : grpc.ServerCredentials
+        Of this run.
+    """
+
+    def __init__(
+        self,
+        machine: dispatch.Dispatch,
+        options: LinkOptions,
+        paths: RunPaths,
+        credentials: grpc.ServerCredentials,
+    ) -> None:
+        self._machine = machine
+        self._options = options
+        self._store = BlobStore(paths, options.inline_bytes)
+        self._credentials = credentials
+        self._peers: dict[int, _Peer] = {}
+        self._numbers = itertools.count(1)
+        self._requests: dict[str, Request] = {}
+        self._responses: dict[str, Response] = {}
+        self._news = threading.Condition()
+        self._lonely_since_s = time.monotonic()
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="links", daemon=True)
+        self._server: grpc.aio.Server | None = None
+        self._ticker: asyncio.Task[None] | None = None
+
+    # --- life ---
+
+    def start(self, host: str) -> int:
+        """Listen on a free port of ``host`` and return it."""
+        self._thread.start()
+        return self._await(self._listen(host))
+
+    def finish(self, reason: str, timeout_s: float = 5.0) -> None:
+        """Tell every array task to leave, wait for them up to ``timeout_s``, and stop."""
+        with contextlib.suppress(TimeoutError, RuntimeError):
+            self._await(self._say_goodbye(reason, timeout_s), timeout_s + 5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(timeout_s)
+        self._store.clear()
+
+    @property
+    def array_tasks_connected(self) -> int:
+        """How many array tasks are connected."""
+        return self._machine.array_tasks_connected
+
+    # --- Transport ---
+
+    def send(self, requests: Sequence[Request]) -> None:
+        """Take requests; see `Transport`."""
+        stale = self._store.add({request.message_id: request.packed.blobs for request in requests})
+
+        def submit() -> None:
+            for peer in self._peers.values():
+                if gone := sorted(peer.sent & set(stale)):
+                    peer.sent -= set(gone)
+                    peer.outgoing.put_nowait(ToArrayTask(release=grid_pb2.Release(digests=gone)))
+            for request in requests:
+                self._requests[request.message_id] = request
+                self._machine.submit(request.message_id, request.client_id)
+            self._act()
+
+        self._loop.call_soon_threadsafe(submit)
+
+    def receive(self, message_ids: Iterable[str], timeout_s: float) -> list[Response]:
+        """Return answers; see `Transport`."""
+        wanted = set(message_ids)
+        deadline_s = time.monotonic() + timeout_s
+        with self._news:
+            while not (ready := wanted & self._responses.keys()):
+                self._check_company()
+                left_s = deadline_s - time.monotonic()
+                if left_s <= 0:
+                    return []
+                self._news.wait(min(left_s, 1.0))
+            return [self._responses.pop(message_id) for message_id in ready]
+
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        """Forget requests; see `Transport`."""
+        gone = list(message_ids)
+
+        def withdraw() -> None:
+            for message_id in gone:
+                self._machine.withdraw(message_id)
+                self._forget(message_id)
+            self._act()
+
+        self._loop.call_soon_threadsafe(withdraw)
+
+    def _check_company(self) -> None:
+        alone_s = time.monotonic() - self._lonely_since_s
+        working = self._peers and self._machine.started
+        if not working and alone_s > self._options.array_task_timeout_s:
+            raise PlatformError(
+                f"cluster.array_task_timeout_s: no work could start for {alone_s:.0f} s;"
+                f" {len(self._peers)} array tasks are connected",
+                "see the logs of the client array in the run folder's jobs/",
+            )
+
+    # --- the event loop's side ---
+
+    def _await(self, coroutine: Coroutine[Any, Any, T], timeout_s: float = 30.0) -> T:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop).result(timeout_s)
+
+    async def _listen(self, host: str) -> int:
+        self._server = grpc.aio.server(options=link.OPTIONS)
+        handler = grpc.stream_stream_rpc_method_handler(
+            self._connect,
+            request_deserializer=grid_pb2.FromArrayTask.FromString,
+            response_serializer=ToArrayTask.SerializeToString,
+        )
+        service, method = link.METHOD.strip("/").split("/")
+        self._server.add_generic_rpc_handlers(
+            (grpc.method_handlers_generic_handler(service, {method: handler}),)
+        )
+        bracketed = f"[{host}]" if ":" in host else host
+        try:
+            port = self._server.add_secure_port(f"{bracketed}:0", self._credentials)
+        except RuntimeError as error:
+            raise PlatformError(
+                f"cluster.interface: could not listen on {host}: {error}",
+                "name an interface or address of the server's node",
+            ) from error
+        await self._server.start()
+        self._ticker = asyncio.create_task(self._tick())
+        return port
+
+    async def _say_goodbye(self, reason: str, timeout_s: float) -> None:
+        if self._ticker is not None:
+            self._ticker.cancel()
+        for peer in self._peers.values():
+            peer.outgoing.put_nowait(ToArrayTask(finish=grid_pb2.Finish(reason=reason)))
+            peer.outgoing.put_nowait(None)
+        deadline_s = time.monotonic() + timeout_s
+        while self._peers and time.monotonic() < deadline_s:
+            await asyncio.sleep(0.01)
+        if self._server is not None:
+            await self._server.stop(grace=0)
+
+    async def _tick(self) -> None:
+        pause_s = self._options.liveness_timeout_s / 5
+        while True:
+            await asyncio.sleep(pause_s)
+            self._machine.tick(time.monotonic())
+            for peer in self._peers.values():
+                if peer.outgoing.empty():
+                    peer.outgoing.put_nowait(ToArrayTask(heartbeat=grid_pb2.Heartbeat()))
+            self._act()
+
+    async def _connect(
+        self, requests: AsyncIterator[grid_pb2.FromArrayTask], context: _Context
+    ) -> None:
+        """Serve one array task until either side is gone."""
+        first = await anext(aiter(requests), None)
+        if first is None or not first.HasField("hello"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "expected a Hello first")
+        hello = first.hello
+        if hello.run_id != self._options.run_id:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this is run {self._options.run_id}, not {hello.run_id}",
+            )
+        peer = _Peer(next(self._numbers), hello)
+        peer.outgoing.put_nowait(
+            ToArrayTask(welcome=grid_pb2.Welcome(attempt=self._options.attempt))
+        )
+        self._peers[peer.number] = peer
+        self._machine.join(
+            peer.number, hello.array_task, hello.slots, list(hello.held), time.monotonic()
+        )
+        logger.info(
+            "array task %d (job %s) connected from %s with %d slots",
+            hello.array_task, hello.job_id, hello.host, hello.slots,
+        )  # fmt: skip
+        self._act()
+        tasks: list[asyncio.Future[Any]] = [
+            asyncio.ensure_future(self._read(peer, requests)),
+            asyncio.ensure_future(self._write(peer, context)),
+            peer.dropped,
+        ]
+        reason = "the array task left"
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if error := task.exception():
+                    reason = f"{type(error).__name__}: {error}"
+            if peer.dropped.done():
+                reason = peer.dropped.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            del self._peers[peer.number]
+            if not self._peers:
+                self._lonely_since_s = time.monotonic()
+            logger.info("array task %d is gone: %s", hello.array_task, reason)
+            self._machine.leave(peer.number, reason)
+            self._act()
+        if peer.dropped.done():
+            await context.abort(grpc.StatusCode.ABORTED, reason)
+
+    async def _read(self, peer: _Peer, requests: AsyncIterator[grid_pb2.FromArrayTask]) -> None:
+        async for event in requests:
+            self._machine.heard(peer.number, time.monotonic())
+            if event.HasField("chunk"):
+                self._take_chunk(peer, event.chunk)
+            elif event.HasField("result"):
+                self._take_result(peer, event.result)
+
+    async def _write(self, peer: _Peer, context: _Context) -> None:
+        while (event := await peer.outgoing.get()) is not None:
+            if event.HasField("work"):
+                for blob in event.work.blobs:
+                    if blob.in_file or blob.digest in peer.sent:
+                        continue
+                    for chunk in link.chunks(blob.digest, self._store.parts(blob.digest)):
+                        await context.write(ToArrayTask(chunk=chunk))
+                    peer.sent.add(blob.digest)
+            await context.write(event)
+
+    def _take_chunk(self, peer: _Peer, chunk: grid_pb2.Chunk) -> None:
+        # A result's blobs come before it, and at most the slots' results are under way.
+        buffer = peer.arriving.setdefault(chunk.digest, bytearray())
+        if len(buffer) != chunk.offset or chunk.size > max(self._options.inline_bytes, link.CHUNK):
+            raise PlatformError(
+                f"a chunk of {chunk.digest[:12]} at {chunk.offset} of {chunk.size} bytes was not"
+                f" expected after {len(buffer)} bytes"
+            )
+        buffer += chunk.data
+        if len(buffer) == chunk.size:
+            peer.arrived[chunk.digest] = memoryview(peer.arriving.pop(chunk.digest))
+
+    def _take_result(self, peer: _Peer, result: grid_pb2.Result) -> None:
+        peer.outgoing.put_nowait(
+            ToArrayTask(accepted=grid_pb2.Accepted(message_id=result.message_id))
+        )
+        arrived = {
+            blob.digest: peer.arrived[blob.digest] for blob in result.blobs if not blob.in_file
+        }
+        for digest in arrived:
+            del peer.arrived[digest]
+        if self._machine.answered(peer.number, result.message_id):
+            failed = result.HasField("failure")
+            self._respond(
+                Response(
+                    result.message_id,
+                    payload=None if failed else grid_pb2.Payload.FromString(result.payload),
+                    blobs=arrived,
+                    failure=result.failure if failed else None,
+                    fit=result.fit if result.HasField("fit") else None,
+                    array_task=peer.hello.array_task,
+                    host=peer.hello.host,
+                )
+            )
+        self._act()
+
+    def _respond(self, response: Response) -> None:
+        self._forget(response.message_id)
+        with self._news:
+            self._responses[response.message_id] = response
+            self._news.notify_all()
+
+    def _forget(self, message_id: str) -> None:
+        self._requests.pop(message_id, None)
+        self._store.drop(message_id)
+
+    def _act(self) -> None:
+        """Do what the state machine wants done."""
+        for action in self._machine.actions():
+            if isinstance(action, dispatch.Fail):
+                failure = grid_pb2.Failure(reason=action.reason)
+                self._respond(Response(action.message_id, failure=failure))
+                continue
+            peer = self._peers.get(action.link)
+            if peer is None:
+                continue
+            if isinstance(action, dispatch.Assign):
+                peer.outgoing.put_nowait(ToArrayTask(work=self._work(action.message_id)))
+            elif isinstance(action, dispatch.Cancel):
+                cancel = grid_pb2.Cancel(message_id=action.message_id)
+                peer.outgoing.put_nowait(ToArrayTask(cancel=cancel))
+            elif not peer.dropped.done():
+                peer.dropped.set_result(action.reason)
+
+    def _work(self, message_id: str) -> grid_pb2.Work:
+        packed = self._requests[message_id].packed
+        return grid_pb2.Work(
+            message_id=message_id,
+            payload=packed.payload.SerializeToString(),
+            blobs=[self._store.describe(blob) for blob in packed.blobs],
+        )

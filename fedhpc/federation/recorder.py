@@ -1,0 +1,143 @@
+"""What happened in a run, as it happens: metrics.jsonl, fits.jsonl and errors/."""
+
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from fedhpc import files
+from fedhpc.federation.transport import Response
+from fedhpc.paths import RunPaths
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    Attributes
+    ----------
+    round : int
+        The one that runs now; 0 before the first.
+    num_rounds : int
+        Of the run; 0 if the app does not say.
+    fits_done, fits_total : int
+        Of the messages sent last.
+    fits_failed : int
+        Over the whole run.
+    verb : str
+        What the clients do: train, evaluate, ...
+    metrics : dict
+        The latest of the server's evaluation, or of the clients'.
+    round_s : float
+        Mean wall time of the finished rounds, in seconds.
+    """
+
+    round: int = 0
+    num_rounds: int = 0
+    fits_done: int = 0
+    fits_total: int = 0
+    fits_failed: int = 0
+    verb: str = ""
+    metrics: dict[str, Any] | None = None
+    round_s: float = 0.0
+
+
+class Recorder:
+    """The only writer of metrics.jsonl and fits.jsonl.
+
+    Parameters
+    ----------
+    paths : RunPaths
+        Of the run.
+    """
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._paths = paths
+        self._lock = threading.Lock()
+        self._progress = Progress()
+        self._start_s = time.monotonic()
+        self._round_start_s = self._start_s
+        self._rounds_done = 0
+        self.last_failure = ""
+
+    def progress(self) -> dict[str, Any]:
+        """Return how far the run is."""
+        with self._lock:
+            return asdict(self._progress)
+
+    def rounds_begin(self, num_rounds: int) -> None:
+        """Note how many rounds there will be."""
+        with self._lock:
+            self._progress.num_rounds = num_rounds
+
+    def round_begins(self, server_round: int) -> None:
+        """Note the round that begins."""
+        self._round_start_s = time.monotonic()
+        with self._lock:
+            self._progress.round = server_round
+
+    def sent(self, verb: str, server_round: int, count: int) -> None:
+        """Note that messages went out."""
+        with self._lock:
+            progress = self._progress
+            progress.verb, progress.fits_total, progress.fits_done = verb, count, 0
+            progress.round = max(progress.round, server_round)
+
+    def fit_ended(self, response: Response, server_round: int, client_id: int, verb: str) -> None:
+        """Write the line of a fit, and the file of its failure if it failed."""
+        line: dict[str, Any] = {
+            "round": server_round,
+            "client": client_id,
+            "verb": verb,
+            "ok": response.failure is None,
+            "array_task": response.array_task,
+            "host": response.host,
+            "time_s": round(time.monotonic() - self._start_s, 3),
+        }
+        if fit := response.fit:
+            for name in ("slot", "wait_s", "start_s", "run_s", "return_s", "peak_rss_mb"):
+                line[name] = round(getattr(fit, name), 4)
+            line["late_imports"] = list(fit.late_imports)
+        if response.failure is not None:
+            line["reason"] = response.failure.reason
+            self.last_failure = f"client {client_id}: {response.failure.reason}"
+            self._write_error(response, line)
+        files.append_line(self._paths.fits, line)
+        with self._lock:
+            self._progress.fits_done += 1
+            self._progress.fits_failed += response.failure is not None
+
+    def round_ended(self, server_round: int, line: dict[str, Any]) -> None:
+        """Write the line of a round."""
+        now_s = time.monotonic()
+        wall_s = now_s - self._round_start_s
+        record = {
+            "round": server_round,
+            "time_s": round(now_s - self._start_s, 3),
+            "round_s": round(wall_s, 4),
+            **line,
+        }
+        files.append_line(self._paths.metrics, record)
+        with self._lock:
+            progress = self._progress
+            if server_round > 0:
+                self._rounds_done += 1
+                progress.round_s += (wall_s - progress.round_s) / self._rounds_done
+            metrics = line.get("evaluate") or line.get("evaluate_clients")
+            if metrics:
+                progress.metrics = {
+                    key: value for key, value in metrics.items() if isinstance(value, int | float)
+                }
+
+    def _write_error(self, response: Response, line: dict[str, Any]) -> None:
+        failure = response.failure
+        assert failure is not None  # noqa: S101
+        stamp = datetime.now(UTC).isoformat(timespec="seconds")
+        text = (
+            f"{stamp} round {line['round']} client {line['client']} {line['verb']}"
+            f" on array task {line['array_task']} ({line['host']})\n"
+            f"{failure.reason}\n\n{failure.traceback}"
+        )
+        path = self._paths.errors / f"{response.message_id}.txt"
+        files.write_atomic(path, text)

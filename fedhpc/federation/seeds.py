@@ -1,0 +1,29 @@
+"""Where randomness comes from: the run's seed and what is being done, never who does it or when."""
+
+import hashlib
+import random
+import sys
+
+import numpy as np
+
+
+def derive(seed: int, *what: object) -> int:
+    """Return a 63-bit seed for one purpose.
+
+    Parameters
+    ----------
+    seed : int
+        Of the run.
+    *what
+        The purpose, e.g. round, client id and verb.
+    """
+    text = ":".join(map(str, (seed, *what)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8]) >> 1
+
+
+def seed_all(seed: int) -> None:
+    """Seed `random`, numpy's global generator, and torch where it is loaded."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  (Flower draws its noise from this one)
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(seed)

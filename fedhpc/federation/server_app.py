@@ -1,0 +1,103 @@
+"""The built-in app's server: an ordinary Flower ServerApp.
+
+The model is made and evaluated in child processes, so that this process, which holds the whole
+federation, loads no torch and keeps no GPU memory.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from fedhpc import config
+from fedhpc.federation import compat, seeds, strategies
+from fedhpc.federation.payload import BytesLike, decode_arrays, encode_arrays
+from fedhpc.isolation import ChildPool, PoolOptions, Slot, channel, find_slots
+from fedhpc.isolation.processes import DEFAULT_PRELOAD
+from fedhpc.paths import RunPaths
+
+app = ServerApp()
+
+_MODULE = "fedhpc.federation.server_app"
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the rounds of the configured strategy."""
+    run_dir = str(context.run_config["run-dir"])
+    settings = config.load(RunPaths(Path(run_dir)).config)
+    federation, isolation = settings.federation, settings.isolation
+    strategy = strategies.build(settings.strategy, federation)
+    options = PoolOptions(
+        start_method=isolation.start_method,
+        threads_per_fit=isolation.threads_per_fit,
+        standby=False,
+        preload=(*DEFAULT_PRELOAD, "sklearn.metrics", f"{_MODULE}_children"),
+        prepare=f"{_MODULE}_children:prepare",
+        prepare_arg=run_dir,
+        prepare_early=True,
+    )
+    # The server job needs no GPU, and uses one that it has.
+    device = "cpu" if isolation.device == "cpu" else "auto"
+    slot = find_slots(device, 1, cpus=1, threads_per_fit=isolation.threads_per_fit)[0]
+    with ChildPool(options) as pool:
+        model = _Model(pool, slot, isolation.fit_timeout_s)
+        arrays = model.initial(seeds.derive(settings.seed, "model"))
+
+        def evaluate(server_round: int, current: ArrayRecord) -> MetricRecord | None:
+            due = server_round % federation.evaluate_every == 0
+            last = server_round == federation.num_rounds
+            return model.evaluate(current) if due or last else None
+
+        strategy.start(
+            grid=grid,
+            initial_arrays=arrays,
+            num_rounds=federation.num_rounds,
+            timeout=federation.round_timeout_s,
+            evaluate_fn=evaluate,
+        )
+
+
+class _Model:
+    """The global model, as far as it needs torch: each call is a child process."""
+
+    def __init__(self, pool: ChildPool, slot: Slot, timeout_s: float) -> None:
+        self._pool = pool
+        self._slot = slot
+        self._timeout_s = timeout_s
+        self._skeleton = b""
+
+    def initial(self, seed: int) -> ArrayRecord:
+        """Return the arrays of a new model."""
+        skeleton, blob = self._call("initial_arrays", [seed.to_bytes(8, "little")])
+        self._skeleton = bytes(skeleton)
+        records = compat.records_from_bytes(self._skeleton)
+        return decode_arrays(records.array_records["arrays"], blob)
+
+    def evaluate(self, arrays: ArrayRecord) -> MetricRecord:
+        """Return the metrics of a model on the test set."""
+        (text,) = self._call("evaluate", [self._skeleton], encode_arrays(arrays).parts)
+        metrics = json.loads(bytes(text))
+        # Flower's records are flat: the confusion matrix goes row by row.
+        matrix = metrics.pop("confusion_matrix")
+        return MetricRecord({**metrics, "confusion_matrix": [n for row in matrix for n in row]})
+
+    def _call(self, function: str, *buffers: Sequence[BytesLike]) -> list[memoryview]:
+        fds = [channel.write_memory(parts) for parts in buffers]
+        try:
+            reply = self._pool.run(
+                f"{_MODULE}_children:{function}", fds, slot=self._slot, timeout_s=self._timeout_s
+            )
+        finally:
+            channel.close_all(fds)
+        try:
+            return [channel.map_file(fd) for fd in reply.buffers]
+        finally:
+            reply.close()
+
+
+def skeleton_of(arrays: ArrayRecord) -> bytes:
+    """Return names, types and shapes of arrays, encoded."""
+    return compat.records_to_bytes(RecordDict({"arrays": compat.without_data(arrays)}))

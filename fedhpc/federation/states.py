@@ -1,0 +1,82 @@
+"""The clients' states: a client's ``context.state`` lives here between its fits."""
+
+import mmap
+from dataclasses import dataclass
+
+from flwr.app import ArrayRecord, RecordDict
+
+from fedhpc.federation import compat
+from fedhpc.federation.blobs import write_blob
+from fedhpc.federation.payload import decode_arrays, encode_arrays
+from fedhpc.paths import RunPaths
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    skeleton: RecordDict  # arrays without data
+    array_records: list[str]
+
+
+class ClientStates:
+    """States by client; what exceeds a total is kept on disk.
+
+    Parameters
+    ----------
+    paths : RunPaths
+        Of the run.
+    memory_bytes : float
+        Arrays of states beyond this total are written to the run folder's blobs/.
+    """
+
+    def __init__(self, paths: RunPaths, memory_bytes: float) -> None:
+        self._paths = paths
+        self._memory_bytes = memory_bytes
+        self._in_memory: dict[int, tuple[RecordDict, int]] = {}
+        self._on_disk: dict[int, _OnDisk] = {}
+        self._used_bytes = 0
+
+    def get(self, client_id: int) -> RecordDict | None:
+        """Return a client's state; None if it has none."""
+        if client_id in self._in_memory:
+            return self._in_memory[client_id][0]
+        if client_id in self._on_disk:
+            return self._read(client_id, self._on_disk[client_id])
+        return None
+
+    def put(self, client_id: int, state: RecordDict) -> None:
+        """Replace a client's state."""
+        self.drop(client_id)
+        size = sum(
+            len(array.data) for record in state.array_records.values() for array in record.values()
+        )
+        if self._used_bytes + size <= self._memory_bytes:
+            self._in_memory[client_id] = (state, size)
+            self._used_bytes += size
+        else:
+            self._on_disk[client_id] = self._write(client_id, state)
+
+    def drop(self, client_id: int) -> None:
+        """Forget a client's state."""
+        if entry := self._in_memory.pop(client_id, None):
+            self._used_bytes -= entry[1]
+        if stored := self._on_disk.pop(client_id, None):
+            for name in stored.array_records:
+                self._paths.state_blob(client_id, name).unlink(missing_ok=True)
+
+    def _write(self, client_id: int, state: RecordDict) -> _OnDisk:
+        skeleton = RecordDict()
+        for name, record in state.items():
+            if isinstance(record, ArrayRecord):
+                write_blob(self._paths.state_blob(client_id, name), encode_arrays(record).parts)
+                skeleton[name] = compat.without_data(record)
+            else:
+                skeleton[name] = record
+        return _OnDisk(skeleton, list(state.array_records))
+
+    def _read(self, client_id: int, stored: _OnDisk) -> RecordDict:
+        state = RecordDict(dict(stored.skeleton))
+        for name in stored.array_records:
+            with self._paths.state_blob(client_id, name).open("rb") as file:
+                data = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+            state[name] = decode_arrays(stored.skeleton.array_records[name], data)
+        return state

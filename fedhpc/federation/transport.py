@@ -1,0 +1,63 @@
+"""What the grid asks of whatever carries messages to array tasks and results back."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from fedhpc.federation import grid_pb2
+from fedhpc.federation.payload import Packed
+
+
+@dataclass(frozen=True)
+class Request:
+    """A message for a client."""
+
+    message_id: str
+    client_id: int
+    packed: Packed
+
+
+@dataclass(frozen=True)
+class Response:
+    """The one answer to a message.
+
+    Attributes
+    ----------
+    payload : Payload or None
+        The reply, if there is one.
+    blobs : dict
+        Bytes of the reply's arrays, by digest.
+    failure : Failure or None
+        Why there is no reply.
+    fit : Fit or None
+        How the fit went, if a child ran it.
+    array_task : int or None
+        Where it ran, and on which ``host``.
+    """
+
+    message_id: str
+    payload: grid_pb2.Payload | None = None
+    blobs: dict[str, memoryview] = field(default_factory=dict, repr=False)
+    failure: grid_pb2.Failure | None = None
+    fit: grid_pb2.Fit | None = None
+    array_task: int | None = None
+    host: str = ""
+
+
+class Transport(Protocol):
+    """Carries requests to where they run."""
+
+    def send(self, requests: Sequence[Request]) -> None:
+        """Take requests; each is answered exactly once unless it is withdrawn."""
+
+    def receive(self, message_ids: Iterable[str], timeout_s: float) -> list[Response]:
+        """Return the answers that are there, waiting up to ``timeout_s`` for the first of them.
+
+        Raises
+        ------
+        PlatformError
+            If nobody is there, or will be, to answer.
+        """
+
+    def withdraw(self, message_ids: Iterable[str]) -> None:
+        """Forget requests; running fits are cancelled."""

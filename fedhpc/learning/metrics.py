@@ -1,0 +1,92 @@
+"""How good a model is on labelled images."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+from fedhpc.learning.training import Examples
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    num_classes: int,
+    device: torch.device,
+    batch_size: int = 512,
+) -> dict[str, float | list[Any]]:
+    """Evaluate a model; leaves it on ``device`` and in evaluation mode.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Maps (B, C, H, W) to (B, num_classes) logits.
+    images : ndarray
+        uint8, (N, C, H, W), N at least 1.
+    labels : ndarray
+        int64, (N,), 0 to num_classes - 1.
+    mean, std : sequence of float
+        Normalisation, one a channel, in units of ``images`` (0 to 255); std not 0.
+    num_classes : int
+        Number of classes, also of those that do not occur here.
+    device : torch.device
+        Where to compute.
+    batch_size : int, default 512
+        Examples at a time; changes the speed only.
+
+    Returns
+    -------
+    dict
+        ``loss``: mean cross entropy. ``accuracy``, and ``precision``, ``recall``, ``f1``: macro,
+        over the classes that occur in labels or predictions, 0 to 1. ``precision_per_class``,
+        ``recall_per_class``, ``f1_per_class``: num_classes values, 0 where undefined.
+        ``confusion_matrix``: num_classes lists of num_classes counts, a row a true class.
+        ``num_examples``: N.
+
+    Raises
+    ------
+    ConfigError
+        If there are no examples.
+    """
+    from sklearn.metrics import (  # type: ignore[import-untyped]
+        confusion_matrix,
+        precision_recall_fscore_support,
+    )
+
+    model.to(device).eval()
+    examples = Examples.on(device, images, labels, mean, std)
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    predicted = []
+    for rows in torch.split(torch.arange(len(examples), device=device), batch_size):
+        inputs, targets = examples.batch(rows)
+        logits = model(inputs)
+        total.add_(functional.cross_entropy(logits, targets, reduction="sum"))
+        predicted.append(logits.argmax(dim=1))
+    predictions = torch.cat(predicted).cpu().numpy()
+
+    classes = range(num_classes)
+    matrix = confusion_matrix(labels, predictions, labels=classes)
+    precision, recall, f1, _ = precision_recall_fscore_support(
+        labels, predictions, labels=classes, zero_division=0
+    )
+    occurs = matrix.any(axis=0) | matrix.any(axis=1)
+    return {
+        "loss": total.item() / len(examples),
+        "accuracy": float(matrix.trace() / len(examples)),
+        "precision": float(precision[occurs].mean()),
+        "recall": float(recall[occurs].mean()),
+        "f1": float(f1[occurs].mean()),
+        "precision_per_class": precision.tolist(),
+        "recall_per_class": recall.tolist(),
+        "f1_per_class": f1.tolist(),
+        "confusion_matrix": matrix.tolist(),
+        "num_examples": len(examples),
+    }

@@ -1,0 +1,213 @@
+"""What one fit does: plain mini-batch training, with as little as possible around PyTorch."""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from fedhpc.errors import ConfigError
+from fedhpc.learning import lookup
+
+
+@dataclass(frozen=True, eq=False)
+class Examples:
+    """Labelled images on a device, normalised when a batch of them is taken.
+
+    Attributes
+    ----------
+    images : Tensor
+        uint8, (N, C, H, W): a quarter of the memory of normalised floats.
+    labels : Tensor
+        int64, (N,).
+    mean, std : Tensor
+        float32, (C, 1, 1), in units of ``images``.
+    """
+
+    images: Tensor
+    labels: Tensor
+    mean: Tensor
+    std: Tensor
+
+    @classmethod
+    def on(
+        cls,
+        device: torch.device,
+        images: np.ndarray,
+        labels: np.ndarray,
+        mean: Sequence[float],
+        std: Sequence[float],
+    ) -> "Examples":
+        """Move examples to a device.
+
+        Parameters
+        ----------
+        device : torch.device
+            Where the model is.
+        images : ndarray
+            uint8, (N, C, H, W), N at least 1; may be read-only or memory-mapped.
+        labels : ndarray
+            int64, (N,).
+        mean, std : sequence of float
+            One a channel, in units of ``images``; std not 0.
+
+        Raises
+        ------
+        ConfigError
+            If there are no examples.
+        """
+        if len(images) == 0:
+            raise ConfigError("data", ["partition: expected at least 1 example, found 0"])
+        # torch warns of arrays that cannot be written, such as a read-only memory map.
+        writable = [np.require(array, requirements=["C", "W"]) for array in (images, labels)]
+        on_device = [torch.from_numpy(array).to(device) for array in writable]
+        moments = [
+            torch.tensor(m, dtype=torch.float32, device=device).view(-1, 1, 1) for m in (mean, std)
+        ]
+        return cls(*on_device, *moments)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def batch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the normalised images, float32 (B, C, H, W), and labels, (B,), of these rows."""
+        images = self.images[rows].float()
+        return images.sub_(self.mean).div_(self.std), self.labels[rows]
+
+
+def train(
+    model: nn.Module,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    epochs: int,
+    batch_size: int,
+    optimizer: str,
+    optimizer_params: Mapping[str, Any],
+    device: torch.device,
+    proximal_mu: float = 0.0,
+) -> dict[str, float]:
+    """Train a model in place on one client's examples, with cross entropy.
+
+    The order of the examples comes from torch's global generator on the CPU, so that it is the
+    same on every device; seed it before. The last, smaller batch of an epoch is used.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Maps (B, C, H, W) to (B, classes) logits; moved to ``device``.
+    images : ndarray
+        uint8, (N, C, H, W), N at least 1.
+    labels : ndarray
+        int64, (N,).
+    mean, std : sequence of float
+        Normalisation, one a channel, in units of ``images`` (0 to 255); std not 0.
+    epochs : int
+        Passes over the examples, 1 or more.
+    batch_size : int
+        Examples a step, 1 or more.
+    optimizer : str
+        A class of torch.optim by its own name.
+    optimizer_params : mapping
+        Its parameters by their own names.
+    device : torch.device
+        Where to train.
+    proximal_mu : float, default 0
+        FedProx: pulls the weights towards those at the start with mu/2 times their squared
+        distance (Li et al., MLSys 2020, https://arxiv.org/abs/1812.06127). 0 or more.
+
+    Returns
+    -------
+    dict
+        ``loss``: cross entropy (without the proximal term) averaged over the examples of the last
+        epoch, each as it was when its batch was used. ``steps``: optimizer steps of all epochs.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown optimizer or parameter, or if there are no examples.
+    """
+    model.to(device).train()
+    examples = Examples.on(device, images, labels, mean, std)
+    weights = [weight for weight in model.parameters() if weight.requires_grad]
+    start = [weight.detach().clone() for weight in weights] if proximal_mu else []
+    stepper = make_optimizer(weights, optimizer, optimizer_params)
+
+    def loss_and_gradient(rows: Tensor) -> Tensor:
+        stepper.zero_grad()
+        inputs, targets = examples.batch(rows)
+        loss = functional.cross_entropy(model(inputs), targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        # The proximal term's gradient, mu * (w - w_start), is cheaper than the term; without mu,
+        # start is empty.
+        for weight, anchor in zip(weights, start, strict=False):
+            if weight.grad is not None:
+                weight.grad.add_(weight.detach() - anchor, alpha=proximal_mu)
+        return loss.detach()
+
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    steps = 0
+    for _ in range(epochs):
+        total.zero_()
+        for rows in torch.split(torch.randperm(len(examples)).to(device), batch_size):
+            # A closure works with every optimizer; LBFGS calls it several times a step.
+            loss = stepper.step(partial(loss_and_gradient, rows))  # type: ignore[arg-type]
+            total.add_(loss, alpha=len(rows))
+            steps += 1
+    # The only wait for the device: reading a number in every step would stall a GPU.
+    return {"loss": total.item() / len(examples), "steps": float(steps)}
+
+
+def make_optimizer(
+    parameters: Iterable[nn.Parameter], name: str, params: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """Make an optimizer of torch.optim.
+
+    Parameters
+    ----------
+    parameters : iterable of torch.nn.Parameter
+        The weights to train.
+    name : str
+        Its class, in torch's own spelling: ``SGD``, ``Adam``, ``LBFGS``.
+    params : mapping
+        Its parameters, by their own names: ``{"lr": 0.1, "momentum": 0.9}``.
+
+    Raises
+    ------
+    ConfigError
+        For an unknown name or parameter, with the nearest and all valid ones, or a value that the
+        class refuses.
+    """
+    known = {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer)
+        and value is not torch.optim.Optimizer
+    }
+    section = "training.optimizer"
+    optimizer = lookup.find(section, "an optimizer of torch.optim", name, known)
+    lookup.check_parameters(section, name, optimizer, params, reserved={"params"})
+    try:
+        return optimizer(parameters, **params)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(section, [f"params: {name} refuses {dict(params)}: {error}"]) from error
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Make this process use deterministic algorithms only, on a GPU; the CPU's always are.
+
+    Call it before the first use of the GPU: cuBLAS reads its environment variable when it starts.
+    """
+    if device.type != "cuda":
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False

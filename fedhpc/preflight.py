@@ -1,0 +1,151 @@
+"""The second stage of validation: ``python -m fedhpc.preflight RUN_DIR``, a child of submit.
+
+It imports torch, flwr and the partitioners, checks the config against what is installed, and
+prepares what all jobs of the run share: the packed data set and the partitions. What it finds goes
+to standard output as one JSON line.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from fedhpc import config, files
+from fedhpc.errors import ConfigError, FedHPCError
+from fedhpc.federation import apps, strategies
+from fedhpc.learning import data, models, partitions, training
+from fedhpc.paths import RunPaths
+
+
+class Findings:
+    """Problems of several independent checks."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.hints: list[str] = []
+        self.platform: FedHPCError | None = None
+
+    @contextmanager
+    def collect(self) -> Iterator[None]:
+        """Note the error that a check raises, and go on."""
+        try:
+            yield
+        except ConfigError as error:
+            self.problems += [f"{error.source}.{problem}" for problem in error.problems]
+            if error.hint:
+                self.hints.append(error.hint)
+        except FedHPCError as error:
+            self.platform = self.platform or error
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what submit reads."""
+        platform = self.platform
+        return {
+            "problems": self.problems,
+            "hint": "; ".join(dict.fromkeys(self.hints)) or None,
+            "platform": platform
+            and {
+                "kind": type(platform).__name__,
+                "message": platform.message,
+                "hint": platform.hint,
+            },
+        }
+
+
+def check(paths: RunPaths) -> Findings:
+    """Check a run folder's config and prepare its data."""
+    findings = Findings()
+    resolved = config.load(paths.config)
+    with findings.collect():
+        spec = apps.locate(resolved, paths)
+        for load in (apps.load_server, apps.load_client):
+            _load_quietly(findings, load, spec)
+    if resolved.app.is_builtin:
+        _check_builtin(resolved, paths, findings)
+    return findings
+
+
+def _load_quietly(findings: Findings, load: Callable[[Any], Any], spec: apps.AppSpec) -> None:
+    with findings.collect():
+        try:
+            load(spec)
+        except FedHPCError:
+            raise
+        except Exception as error:  # the app's own module raised while it was imported
+            part = "server" if load is apps.load_server else "client"
+            raise ConfigError(
+                "app", [f"{part}: its import raised {type(error).__name__}: {error}"]
+            ) from error
+
+
+def _check_builtin(resolved: config.Config, paths: RunPaths, findings: Findings) -> None:
+    federation, spec = resolved.federation, resolved.data
+    with findings.collect():
+        strategies.build(resolved.strategy, federation)
+    with findings.collect():
+        optimizer = resolved.training.optimizer
+        training.make_optimizer([_parameter()], optimizer.name, optimizer.params)
+    with findings.collect():
+        partitions.check(spec.partitioner.name, spec.partitioner.params, federation.num_clients)
+    if findings.problems:
+        return  # before a download
+    with findings.collect():
+        source = Path(spec.source) if spec.source else None
+        packed = data.prepare(spec.name, Path(spec.root), source)
+        dataset = data.open_dataset(packed)
+        files.write_json(paths.data, {"packed": str(packed)})
+        with findings.collect():
+            channels, height, width = dataset.train.images.shape[1:]
+            model = models.build(
+                resolved.model.name,
+                resolved.model.params,
+                (channels, height, width),
+                len(dataset.classes),
+            )
+            count = sum(parameter.numel() for parameter in model.parameters())
+            print(f"model {resolved.model.name}: {count:,} parameters", file=sys.stderr)
+        shares = partitions.make(
+            dataset.train.labels,
+            federation.num_clients,
+            spec.partitioner.name,
+            spec.partitioner.params,
+            resolved.seed,
+        )
+        if federation.clients_per_evaluation:
+            _check_validation(shares)
+        partitions.save(paths.partitions, shares)
+
+
+def _check_validation(shares: list[Any]) -> None:
+    small = [client for client, indices in enumerate(shares) if len(indices) < 2]
+    if small:
+        raise ConfigError(
+            "federation",
+            [
+                f"clients_per_evaluation: needs 2 examples or more of each client,"
+                f" {len(small)} have fewer, e.g. client {small[0]}"
+            ],
+        )
+
+
+def _parameter() -> Any:
+    import torch
+
+    return torch.nn.Parameter(torch.zeros(1))
+
+
+def main() -> None:
+    """Check the run folder that is the first argument."""
+    # What apps print goes to standard error; standard output is for the findings alone.
+    answer = os.dup(1)
+    os.dup2(2, 1)
+    findings = check(RunPaths(Path(sys.argv[1])))
+    with os.fdopen(answer, "w") as file:
+        json.dump(findings.to_json(), file)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""The server job: ``python -m fedhpc.server RUN_DIR``."""
+
+import contextlib
+import hashlib
+import logging
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+from fedhpc import config, environment, files, logging_setup, network, rendezvous, run_state
+from fedhpc.errors import FedHPCError, PlatformError, RunError
+from fedhpc.federation import apps, certificates, compat, dispatch, fit
+from fedhpc.federation.blobs import write_blob
+from fedhpc.federation.grid import HpcGrid
+from fedhpc.federation.inprocess import InProcess
+from fedhpc.federation.link_server import LinkOptions, LinkServer
+from fedhpc.federation.payload import encode_arrays
+from fedhpc.federation.recorder import Recorder
+from fedhpc.federation.rounds import Rounds
+from fedhpc.federation.transport import Transport
+from fedhpc.paths import RunPaths, latest_attempt, open_run_folder
+
+logger = logging.getLogger(__name__)
+
+_STATUS_S = 0.5
+_KILLED_BY_SIGNAL = 128
+
+
+class _Stop(BaseException):
+    """Raised in the main thread by a signal, whatever the app is doing."""
+
+    def __init__(self, signum: int) -> None:
+        self.signum = signum
+        super().__init__(signal.Signals(signum).name)
+
+
+class Server:
+    """One attempt at a run.
+
+    Parameters
+    ----------
+    paths : RunPaths
+        Of the run.
+    """
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._paths = paths
+        self._config = config.load(paths.config)
+        self._environment = environment.current()
+        self._recorder = Recorder(paths)
+        self._attempt = _claim_attempt(paths)
+        self._superseded = threading.Event()
+        self._links: LinkServer | None = None
+
+    def run(self) -> int:
+        """Run the federation to its end; return the exit code."""
+        run_state.register_process(self._paths, "server", self._environment.job_id)
+        try:
+            with self._reporting():
+                if self._config.cluster.executor == "debug":
+                    self._run_app(InProcess(fit.load(str(self._paths.root))))
+                else:
+                    with self._links_open() as transport:
+                        self._run_app(transport)
+        except _Stop as stop:
+            return self._end("cancelled", f"the server was stopped by {stop}", stop=stop)
+        except FedHPCError as error:
+            return self._end("failed", str(error), error.exit_code)
+        except Exception as error:
+            logger.error("the ServerApp failed:\n%s", traceback.format_exc())
+            files.write_atomic(self._paths.errors / "server.txt", traceback.format_exc())
+            return self._end("failed", f"{type(error).__name__}: {error}", RunError.exit_code)
+        return self._end("finished", "", 0)
+
+    @contextlib.contextmanager
+    def _links_open(self) -> Iterator[Transport]:
+        """Listen, publish the address, and tell everybody at the end."""
+        paths, cluster = self._paths, self._config.cluster
+        if not certificates.exist(paths.secrets):
+            certificates.create(paths.secrets)
+        machine = dispatch.Dispatch(
+            array_tasks=cluster.array_tasks,
+            placement=self._config.federation.placement,
+            min_array_tasks=cluster.min_array_tasks,
+            liveness_timeout_s=cluster.liveness_timeout_s,
+        )
+        options = LinkOptions(
+            run_id=paths.run_id,
+            attempt=self._attempt,
+            liveness_timeout_s=cluster.liveness_timeout_s,
+            array_task_timeout_s=cluster.array_task_timeout_s,
+            inline_bytes=int(cluster.inline_mb * 1e6),
+        )
+        links = LinkServer(machine, options, paths, certificates.server_credentials(paths.secrets))
+        local = cluster.executor == "local" and cluster.interface is None
+        host = "127.0.0.1" if local else network.reachable_address(cluster.interface)
+        port = links.start(host)
+        publisher = rendezvous.Publisher(
+            paths,
+            rendezvous.Rendezvous(
+                run_id=paths.run_id,
+                attempt=self._attempt,
+                address=f"[{host}]:{port}" if ":" in host else f"{host}:{port}",
+                host=self._environment.host,
+                pid=os.getpid(),
+                job_id=self._environment.job_id,
+                phase="serving",
+                heartbeat=0,
+            ),
+            self._supersede,
+        )
+        publisher.start()
+        logger.info("attempt %d listens on %s:%d", self._attempt, host, port)
+        self._links = links
+        phase: rendezvous.Phase = "failed"
+        try:
+            yield links
+            phase = "finished"
+        finally:
+            if not self._superseded.is_set():
+                with contextlib.suppress(PlatformError):
+                    publisher.end(phase)
+                certificates.remove(paths.secrets)
+            links.finish(phase)
+
+    def _run_app(self, transport: Transport) -> None:
+        """Call the ServerApp and write the model that its strategy ends with."""
+        grid = HpcGrid(
+            transport,
+            self._recorder,
+            self._paths,
+            num_clients=self._config.federation.num_clients,
+            seed=self._config.seed,
+            state_bytes=self._config.cluster.state_mb * 1e6,
+        )
+        compat.set_identity(self._paths.run_id)
+        rounds = Rounds()
+        compat.replace_strategy_start(
+            lambda strategy, *args, **kwargs: rounds.start(strategy, *args, **kwargs)
+        )
+        spec = apps.locate(self._config, self._paths)
+        app = apps.load_server(spec)
+        app(grid, apps.server_context(spec, self._paths.run_id))
+        if rounds.final_arrays is not None:
+            write_blob(self._paths.model, encode_arrays(rounds.final_arrays).parts)
+        else:
+            logger.warning("the app did not run a strategy's start(): no model.safetensors")
+
+    # --- what others see ---
+
+    @contextlib.contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """Keep status.json fresh."""
+        ended = threading.Event()
+
+        def report() -> None:
+            last: object = None
+            while not ended.wait(_STATUS_S):
+                current = self._status()
+                if current != last and not self._superseded.is_set():
+                    with contextlib.suppress(PlatformError):
+                        run_state.write(self._paths, "running", **current)
+                        last = current
+
+        run_state.write(self._paths, "running", **self._status())
+        thread = threading.Thread(target=report, name="status", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _status(self) -> dict[str, object]:
+        connected = self._links.array_tasks_connected if self._links else 0
+        return {
+            "attempt": self._attempt,
+            "array_tasks": connected,
+            **self._recorder.progress(),
+        }
+
+    def _end(
+        self, state: run_state.State, reason: str, code: int = 1, stop: _Stop | None = None
+    ) -> int:
+        """Write the last status and return the exit code."""
+        if stop is not None:
+            code = _KILLED_BY_SIGNAL + stop.signum
+        if self._superseded.is_set():
+            logger.warning("a server with a higher attempt has come; this one leaves")
+            return PlatformError.exit_code
+        logger.log(logging.INFO if code == 0 else logging.ERROR, "%s %s", state, reason)
+        status = self._status() | {"exit_code": code}
+        if self._paths.model.exists():
+            with self._paths.model.open("rb") as file:
+                status["model_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+        run_state.write(self._paths, state, reason, **status)
+        return code
+
+    def _supersede(self) -> None:
+        self._superseded.set()
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _claim_attempt(paths: RunPaths) -> int:
+    number = latest_attempt(paths) + 1
+    while not files.claim(paths.attempt(number)):
+        number += 1
+    return number
+
+
+def _stop_on_signal(signum: int, frame: FrameType | None) -> None:
+    signal.signal(signum, signal.SIG_IGN)  # once: the way out is not to be interrupted
+    raise _Stop(signum)
+
+
+def run(run_dir: str) -> None:
+    """Run the server of a run folder; ends with `SystemExit` unless the run finished."""
+    logging_setup.set_up("server")
+    # submitit's handlers ignore SIGTERM; these replace them. Python ignores SIGINT already where
+    # submit asked for it.
+    for signum in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(signum, _stop_on_signal)
+    try:
+        code = Server(open_run_folder(Path(run_dir))).run()
+    except FedHPCError as error:
+        logger.error("%s", error)
+        code = error.exit_code
+    except _Stop as stop:
+        code = _KILLED_BY_SIGNAL + stop.signum
+    if code:
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m fedhpc.server RUN_DIR")
+    run(sys.argv[1])
