@@ -339,7 +339,7 @@ def run(run_dir: str, array_task: int | None = None) -> None:
     try:
         task = ArrayTask(open_run_folder(Path(run_dir)), array_task)
 
-        def stop_on_signal(signum: int, frame: FrameType | None) -> None:
+        def stop_on_signal(_signum: int, _frame: FrameType | None) -> None:
             task.stop()
 
         # submitit's handlers ignore SIGTERM; these replace them.

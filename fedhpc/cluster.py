@@ -66,7 +66,7 @@ def submit(config: Config, paths: RunPaths) -> Submission:
     return submission
 
 
-# --- local -------------------------------------------------------------------------------------------
+# --- local ---
 
 
 def _submit_local(config: Config, paths: RunPaths) -> Submission:
@@ -125,7 +125,7 @@ def _untouched_by_terminal() -> Iterator[None]:
             os.environ["PYTHONHASHSEED"] = hash_seed
 
 
-# --- Slurm -------------------------------------------------------------------------------------------
+# --- Slurm ---
 
 
 def _submit_slurm(config: Config, paths: RunPaths) -> Submission:
@@ -194,7 +194,7 @@ def _scancel(job_ids: list[str]) -> None:
     subprocess.run(["scancel", *arrays], check=False, timeout=30)  # noqa: S607
 
 
-# --- either ------------------------------------------------------------------------------------------
+# --- either ---
 
 
 def alive(paths: RunPaths, submission: Submission) -> list[str]:

@@ -258,7 +258,7 @@ class Config(Section):
     cluster: Cluster = Field(Cluster(), description=Cluster.__doc__)
 
 
-# --- combinations that no single field can check -------------------------------------------------
+# --- combinations that no single field can check ---
 
 
 def _combination_problems(config: Config) -> Iterator[str]:
@@ -308,10 +308,10 @@ def _combination_problems(config: Config) -> Iterator[str]:
         missing = "server" if app.server is None else "client"
         yield f"app.{missing}: expected 'module:attribute' as app has the other one, found null"
     if app.run_config and app.is_builtin:
-        yield "app.run_config: the built-in app reads data, model and training; found run_config too"
+        yield "app.run_config: the built-in app reads data, model and training, not this"
 
 
-# --- loading ---------------------------------------------------------------------------------------
+# --- loading ---
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -30,7 +30,7 @@ def write_atomic(path: Path, data: bytes | str, mode: int = 0o644) -> None:
             file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        beside.replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
             beside.unlink()
@@ -74,7 +74,7 @@ def append_line(path: Path, value: Any) -> None:
 
 
 def read_lines(path: Path) -> Iterator[Any]:
-    """Yield the values of a JSON-lines file; a last line that is still being written is left out."""
+    """Yield the values of a JSON-lines file, without a last line that is still being written."""
     try:
         text = path.read_text()
     except FileNotFoundError:

@@ -108,7 +108,7 @@ class Follower:
             note=f"{failed} failed so far" if failed else "",
         )
 
-    def _print_rounds(self, status: dict[str, Any]) -> None:
+    def _print_rounds(self, _status: dict[str, Any]) -> None:
         lines = list(files.read_lines(self._paths.metrics))
         for line in lines[self._rounds_shown :]:
             metrics = line.get("evaluate") or line.get("evaluate_clients") or line.get("train", {})

@@ -101,19 +101,19 @@ class RunPaths:
         return self.jobs / f"{role}.json"
 
     def attempt(self, number: int) -> Path:
-        """The file that claims attempt ``number`` (1 or more)."""
+        """Return the file that claims attempt ``number`` (1 or more)."""
         return self.root / f"attempt-{number:04d}"
 
     def blob(self, digest: str) -> Path:
-        """The file of the arrays with this digest."""
+        """Return the file of the arrays with this digest."""
         return self.blobs / f"{digest}.safetensors"
 
     def result_blob(self, message_id: str, digest: str) -> Path:
-        """The file of arrays that belong to a result: nobody else refers to it."""
+        """Return the file of arrays that belong to a result: nobody else refers to it."""
         return self.blobs / f"{message_id}.{digest}.safetensors"
 
     def state_blob(self, client_id: int, record: str) -> Path:
-        """The file of one ArrayRecord of a client's state."""
+        """Return the file of one ArrayRecord of a client's state."""
         return self.blobs / f"state-{client_id}-{record.encode().hex()}.safetensors"
 
 
@@ -169,5 +169,5 @@ def open_run_folder(path: Path) -> RunPaths:
 
 def latest_attempt(paths: RunPaths) -> int:
     """Return the highest attempt ever claimed in the run folder; 0 if none."""
-    found = (re.fullmatch(r"attempt-(\d+)", entry) for entry in os.listdir(paths.root))
+    found = (re.fullmatch(r"attempt-(\d+)", entry.name) for entry in paths.root.iterdir())
     return max((int(match[1]) for match in found if match), default=0)

@@ -5,11 +5,14 @@ prepares what all jobs of the run share: the packed data set and the partitions.
 to standard output as one JSON line.
 """
 
+import contextlib
+import hashlib
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -88,35 +91,53 @@ def _check_builtin(resolved: config.Config, paths: RunPaths, findings: Findings)
     with findings.collect():
         optimizer = resolved.training.optimizer
         training.make_optimizer([_parameter()], optimizer.name, optimizer.params)
+    packed = None
+    with contextlib.suppress(FedHPCError):
+        packed = _pack(resolved, download=False)
+    if packed is None:
+        with findings.collect():
+            partitions.check(spec.partitioner.name, spec.partitioner.params, federation.num_clients)
+        if findings.problems:
+            return  # before a download
     with findings.collect():
-        partitions.check(spec.partitioner.name, spec.partitioner.params, federation.num_clients)
-    if findings.problems:
-        return  # before a download
-    with findings.collect():
-        source = Path(spec.source) if spec.source else None
-        packed = data.prepare(spec.name, Path(spec.root), source)
-        dataset = data.open_dataset(packed)
+        packed = packed or _pack(resolved, download=True)
         files.write_json(paths.data, {"packed": str(packed)})
+        dataset = data.open_dataset(packed)
         with findings.collect():
             channels, height, width = dataset.train.images.shape[1:]
-            model = models.build(
+            models.build(
                 resolved.model.name,
                 resolved.model.params,
                 (channels, height, width),
                 len(dataset.classes),
             )
-            count = sum(parameter.numel() for parameter in model.parameters())
-            print(f"model {resolved.model.name}: {count:,} parameters", file=sys.stderr)
-        shares = partitions.make(
-            dataset.train.labels,
-            federation.num_clients,
-            spec.partitioner.name,
-            spec.partitioner.params,
-            resolved.seed,
-        )
+        shares = _partition(resolved, packed, dataset)
         if federation.clients_per_evaluation:
             _check_validation(shares)
         partitions.save(paths.partitions, shares)
+
+
+def _pack(resolved: config.Config, *, download: bool) -> Path:
+    spec = resolved.data
+    source = Path(spec.source) if spec.source else None
+    return data.prepare(spec.name, Path(spec.root), source, download=download)
+
+
+def _partition(resolved: config.Config, packed: Path, dataset: data.Dataset) -> list[Any]:
+    """Return the partitions, from the last run that had the same: flwr-datasets imports slowly."""
+    partitioner, clients = resolved.data.partitioner, resolved.federation.num_clients
+    version = metadata.version("flwr-datasets")
+    what = [partitioner.name, partitioner.params, clients, resolved.seed, version]
+    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
+    cached = packed / f"partitions-{key}.npz"
+    with contextlib.suppress(FedHPCError, OSError, ValueError):
+        return partitions.load(cached)
+    shares = partitions.make(
+        dataset.train.labels, clients, partitioner.name, partitioner.params, resolved.seed
+    )
+    with contextlib.suppress(FedHPCError, OSError):  # a data folder of somebody else
+        partitions.save(cached, shares)
+    return shares
 
 
 def _check_validation(shares: list[Any]) -> None:

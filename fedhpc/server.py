@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from fedhpc import config, environment, files, logging_setup, network, rendezvous, run_state
 from fedhpc.errors import FedHPCError, PlatformError, RunError
@@ -176,7 +177,7 @@ class Server:
             ended.set()
             thread.join()
 
-    def _status(self) -> dict[str, object]:
+    def _status(self) -> dict[str, Any]:
         connected = self._links.array_tasks_connected if self._links else 0
         return {
             "attempt": self._attempt,
@@ -213,7 +214,7 @@ def _claim_attempt(paths: RunPaths) -> int:
     return number
 
 
-def _stop_on_signal(signum: int, frame: FrameType | None) -> None:
+def _stop_on_signal(signum: int, _frame: FrameType | None) -> None:
     signal.signal(signum, signal.SIG_IGN)  # once: the way out is not to be interrupted
     raise _Stop(signum)
 

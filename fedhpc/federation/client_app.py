@@ -3,12 +3,15 @@
 An ordinary Flower ClientApp; its run config has one key, ``run-dir``.
 """
 
+from typing import Any
+
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedhpc.federation.experiment import Experiment, open_experiment
 from fedhpc.isolation.devices import device_of_this_child
 from fedhpc.learning import metrics, training
+from fedhpc.learning.data import Split
 
 app = ClientApp()
 
@@ -20,9 +23,8 @@ def train(message: Message, context: Context) -> Message:
     settings = experiment.config.training
     device = device_of_this_child()
     experiment.set_determinism(device)
-    model = experiment.build_model()
     (arrays_key, arrays), *_ = message.content.array_records.items()
-    model.load_state_dict(arrays.to_torch_state_dict())
+    model = experiment.model_with(arrays)
     examples = experiment.examples(int(context.node_config["partition-id"]))
     measured = training.train(
         model.to(device),
@@ -55,25 +57,21 @@ def evaluate(message: Message, context: Context) -> Message:
     arrays, *_ = message.content.array_records.values()
     client_id = int(context.node_config["partition-id"])
     examples = experiment.examples(client_id, validation=True)
-    measured = evaluate_arrays(experiment, arrays, examples.images, examples.labels)
+    measured = evaluate_arrays(experiment, arrays, examples)
     scalars = {key: measured[key] for key in ("loss", "accuracy", "precision", "recall", "f1")}
     record = MetricRecord({"num-examples": len(examples.labels), **scalars})
     return Message(RecordDict({"metrics": record}), reply_to=message)
 
 
-def evaluate_arrays(
-    experiment: Experiment, arrays: ArrayRecord, images: object, labels: object
-) -> dict[str, object]:
+def evaluate_arrays(experiment: Experiment, arrays: ArrayRecord, split: Split) -> dict[str, Any]:
     """Return the metrics of a model on some examples."""
     device = device_of_this_child()
     experiment.set_determinism(device)
-    model = experiment.build_model()
-    model.load_state_dict(arrays.to_torch_state_dict())
     dataset = experiment.dataset
     return metrics.evaluate(
-        model.to(device),
-        images,
-        labels,
+        experiment.model_with(arrays).to(device),
+        split.images,
+        split.labels,
         mean=dataset.mean,
         std=dataset.std,
         num_classes=len(dataset.classes),

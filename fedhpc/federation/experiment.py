@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from flwr.app import ArrayRecord
 
 from fedhpc import config
+from fedhpc.errors import PlatformError
 from fedhpc.files import read_json
 from fedhpc.learning import data, models, partitions, training
 from fedhpc.learning.data import Dataset, Split
@@ -30,7 +32,10 @@ class Experiment:
     @cached_property
     def dataset(self) -> Dataset:
         """The data set, memory-mapped: all children of a node share its pages."""
-        packed = Path(read_json(self.paths.data)["packed"])
+        prepared = read_json(self.paths.data)
+        if prepared is None:
+            raise PlatformError(f"could not read {self.paths.data}", "it is written by submit")
+        packed = Path(prepared["packed"])
         if self.config.data.stage_to is not None:
             target = Path(os.path.expandvars(self.config.data.stage_to)).expanduser()
             packed = data.stage(packed, target)
@@ -42,7 +47,7 @@ class Experiment:
 
     def warm_up(self) -> None:
         """Open what every child needs, so that the children of this process inherit it."""
-        _ = self.dataset, self._partitions
+        _ = self.dataset, self._partitions, self._model
 
     def examples(self, client_id: int, *, validation: bool = False) -> Split:
         """Return a client's examples; copies, unlike the data set.
@@ -58,8 +63,22 @@ class Experiment:
         split = self.dataset.train
         return Split(split.images[indices], split.labels[indices])
 
-    def build_model(self) -> torch.nn.Module:
-        """Return the model, freshly initialised from torch's global generator."""
+    @cached_property
+    def _model(self) -> torch.nn.Module:
+        # A fit's random numbers must not depend on whether it was the first in its process.
+        with torch.random.fork_rng(devices=[]):
+            return self.new_model()
+
+    def model_with(self, arrays: ArrayRecord) -> torch.nn.Module:
+        """Return the process's one model, with these weights; initialising one each time is slow.
+
+        The weights are copied: where numpy's memory lies would change the last bits of a product.
+        """
+        self._model.load_state_dict(arrays.to_torch_state_dict())
+        return self._model
+
+    def new_model(self) -> torch.nn.Module:
+        """Return a new model, initialised from torch's global generator."""
         dataset = self.dataset
         channels, height, width = dataset.train.images.shape[1:]
         return models.build(

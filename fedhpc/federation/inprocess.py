@@ -18,6 +18,10 @@ class InProcess:
     """
 
     def __init__(self, prepared: fit.Prepared) -> None:
+        import torch
+
+        # As in a child; the result depends on it.
+        torch.set_num_threads(prepared.config.isolation.threads_per_fit)
         self._prepared = prepared
         self._waiting: dict[str, Request] = {}
 
@@ -25,7 +29,7 @@ class InProcess:
         """Take requests; see `Transport`."""
         self._waiting.update({request.message_id: request for request in requests})
 
-    def receive(self, message_ids: Iterable[str], timeout_s: float) -> list[Response]:
+    def receive(self, message_ids: Iterable[str], timeout_s: float) -> list[Response]:  # noqa: ARG002
         """Run the next waiting fit; see `Transport`."""
         wanted = set(message_ids)
         for message_id, request in self._waiting.items():

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 ToArrayTask = grid_pb2.ToArrayTask
-_Context = grpc.aio.ServicerContext[grid_pb2.FromArrayTask, ToArrayTask]
+_Context = Any  # grpc.aio.ServicerContext; grpc ships no types
 
 
 @dataclass(eq=False)
@@ -193,7 +193,7 @@ class LinkServer:
         )
         bracketed = f"[{host}]" if ":" in host else host
         try:
-            port = self._server.add_secure_port(f"{bracketed}:0", self._credentials)
+            port: int = self._server.add_secure_port(f"{bracketed}:0", self._credentials)
         except RuntimeError as error:
             raise PlatformError(
                 f"cluster.interface: could not listen on {host}: {error}",
@@ -232,6 +232,7 @@ class LinkServer:
         first = await anext(aiter(requests), None)
         if first is None or not first.HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "expected a Hello first")
+            return
         hello = first.hello
         if hello.run_id != self._options.run_id:
             await context.abort(

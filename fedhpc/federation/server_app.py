@@ -7,6 +7,7 @@ federation, loads no torch and keeps no GPU memory.
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -40,7 +41,7 @@ def main(grid: Grid, context: Context) -> None:
         prepare_early=True,
     )
     # The server job needs no GPU, and uses one that it has.
-    device = "cpu" if isolation.device == "cpu" else "auto"
+    device: Literal["auto", "cpu"] = "cpu" if isolation.device == "cpu" else "auto"
     slot = find_slots(device, 1, cpus=1, threads_per_fit=isolation.threads_per_fit)[0]
     with ChildPool(options) as pool:
         model = _Model(pool, slot, isolation.fit_timeout_s)

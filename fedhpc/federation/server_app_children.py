@@ -24,7 +24,7 @@ def initial_arrays(seed: memoryview) -> list[list[BytesLike]]:
     """Return names, types and shapes of a new model's arrays, and their blob."""
     assert _experiment is not None  # noqa: S101
     seeds.seed_all(int.from_bytes(seed, "little"))
-    arrays = ArrayRecord(_experiment.build_model().state_dict())
+    arrays = ArrayRecord(_experiment.new_model().state_dict())
     return [[skeleton_of(arrays)], encode_arrays(arrays).parts]
 
 
@@ -34,4 +34,4 @@ def evaluate(skeleton: memoryview, blob: memoryview) -> list[list[BytesLike]]:
     records = compat.records_from_bytes(bytes(skeleton))
     arrays = decode_arrays(records.array_records["arrays"], blob)
     test = _experiment.dataset.test
-    return [[json.dumps(evaluate_arrays(_experiment, arrays, test.images, test.labels)).encode()]]
+    return [[json.dumps(evaluate_arrays(_experiment, arrays, test)).encode()]]

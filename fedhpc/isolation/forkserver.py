@@ -90,13 +90,16 @@ class ForkServer:
             # A module that cannot be imported fails in the child too, with the right traceback.
             with contextlib.suppress(ImportError):
                 importlib.import_module(name)
-        if torch := sys.modules.get("torch"):
-            torch.set_num_threads(self._options["child"]["threads"])
+        torch = sys.modules.get("torch")
+        if torch is not None:
+            torch.set_num_threads(1)  # what runs here must not start a pool of threads
         if self._options["prepare_early"]:
             # If it fails, each child tries again and tells its caller why.
             with contextlib.suppress(Exception):
                 child.prepare(self._options["child"])
                 self._options["child"]["prepare"] = None
+        if torch is not None:
+            torch.set_num_threads(self._options["child"]["threads"])
         # Children must not write to pages of objects they only share with this process.
         gc.collect()
         gc.freeze()

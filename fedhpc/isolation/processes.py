@@ -57,7 +57,7 @@ class PoolOptions:
     prepare_early: bool = False
 
     def child_options(self) -> dict[str, Any]:
-        """What each child is told."""
+        """Return what each child is told."""
         return {
             "prepare": self.prepare,
             "prepare_arg": self.prepare_arg,
@@ -191,7 +191,7 @@ class ChildPool:
         child.tag = tag
         try:
             if self._options.standby:
-                self._prepare_successor(child)
+                self._prepare_successor()
             try:
                 channel.send(child.sock, {"entry": entry, "env": slot.env}, list(buffers))
                 child.sock.settimeout(timeout_s)
@@ -267,8 +267,8 @@ class ChildPool:
                     return child
             return self._start_child()
 
-    def _prepare_successor(self, child: _Child) -> None:
-        """Start a child for after this one, if this one is at its last call."""
+    def _prepare_successor(self) -> None:
+        """Start the child that will follow one of those that work now."""
         if self._options.fits_per_process != 1:
             return  # kept children: the rare replacement is not worth an idle process
         with self._lock:

@@ -56,7 +56,7 @@ def evaluate(
     ConfigError
         If there are no examples.
     """
-    from sklearn.metrics import (  # type: ignore[import-untyped]
+    from sklearn.metrics import (
         confusion_matrix,
         precision_recall_fscore_support,
     )

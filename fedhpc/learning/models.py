@@ -216,7 +216,7 @@ def resnet18(in_shape: Shape, num_classes: int, groups: int = 2) -> nn.Module:
 
     Reddi et al.: Adaptive Federated Optimization. ICLR 2021, https://arxiv.org/abs/2003.00295
     """
-    from torchvision.models import resnet  # type: ignore[import-untyped]
+    from torchvision.models import resnet
 
     _check_count("groups", groups)
     if 64 % groups:

@@ -142,7 +142,7 @@ def _read(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _partitioners() -> dict[str, type[Any]]:
     """Return the classes of flwr-datasets by short name: ``inner_dirichlet``."""
-    from flwr_datasets import partitioner  # type: ignore[import-untyped]
+    from flwr_datasets import partitioner
 
     classes = [
         value
@@ -180,7 +180,7 @@ def _build(name: str, params: Mapping[str, Any], num_partitions: int, seed: int)
 
 def _rows(partitioner: Any, labels: np.ndarray) -> list[np.ndarray]:
     """Return the row numbers of each partition."""
-    from datasets import Dataset  # type: ignore[import-untyped]
+    from datasets import Dataset
 
     partitioner.dataset = Dataset.from_dict({"label": labels, "row": np.arange(len(labels))})
     return [

@@ -1,0 +1,593 @@
+"""What a child is given, what it may do, and what of it reaches the caller."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import entries
+import pytest
+from entries import SLOT, call, call_for_reply, read, wait_until
+
+from fedhpc.client import ArrayTask
+from fedhpc.errors import FitDied, FitFailed, PlatformError
+from fedhpc.isolation import ChildPool, PoolOptions, Slot, channel, find_slots
+from fedhpc.isolation.processes import DEFAULT_PRELOAD
+
+HERE = Path(__file__).parent
+METHODS = ["forkserver", "spawn"]
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    token = uuid.uuid4().hex
+    monkeypatch.setenv(entries.TOKEN, token)
+    paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
+    yield from entries.nothing_is_left(token)
+
+
+def light(**options: Any) -> PoolOptions:
+    return PoolOptions(**{"preload": ["json"], "standby": False, **options})
+
+
+def memory(*contents: bytes) -> list[int]:
+    return [channel.write_memory([content]) for content in contents]
+
+
+# --- buffers ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_buffers_come_back_as_they_went(method: str) -> None:
+    contents = [b"one", b"", os.urandom(3_000_000), b"last"]
+    fds = memory(*contents)
+    with ChildPool(light(start_method=method)) as pool:
+        reply = pool.run("entries:echo", fds, slot=SLOT, timeout_s=30)
+        assert [read(fd) for fd in reply.buffers] == contents
+        assert reply.run_s >= 0
+        assert reply.start_s > 0
+        assert reply.return_s > 0
+        reply.close()
+        assert reply.buffers == []
+    channel.close_all(fds)
+
+
+def test_no_buffers_are_fine() -> None:
+    with ChildPool(light()) as pool:
+        assert pool.run("entries:echo", [], slot=SLOT, timeout_s=30).buffers == []
+
+
+def test_a_reply_may_come_in_parts() -> None:
+    with ChildPool(light()) as pool:
+        reply = pool.run("entries:in_parts", [], slot=SLOT, timeout_s=30)
+        assert [read(fd) for fd in reply.buffers] == [b"abcdef", b"", b"", bytes(8)]
+        reply.close()
+
+
+def test_a_file_can_be_a_buffer(tmp_path: Path) -> None:
+    (tmp_path / "blob").write_bytes(b"in a file")
+    with ChildPool(light()) as pool, (tmp_path / "blob").open("rb") as file:
+        reply = pool.run("entries:echo", [file.fileno()], slot=SLOT, timeout_s=30)
+        assert read(reply.buffers[0]) == b"in a file"
+        reply.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_300_mb_of_input_are_read_where_they_lie(method: str) -> None:
+    chunk = bytes(range(1, 251)) * 4000  # 1 MB
+    fd = channel.write_memory([chunk] * 300)
+    with ChildPool(light(start_method=method)) as pool:
+        idle_mb = pool.run("entries:echo", [], slot=SLOT, timeout_s=30).peak_rss_mb
+        reply = pool.run("entries:measure_input", [fd], slot=SLOT, timeout_s=60)
+        seen = json.loads(read(reply.buffers[0]))
+        reply.close()
+    assert seen["total"] == sum(channel.map_file(fd)[::4096])
+    assert seen["inodes"] == [os.fstat(fd).st_ino], "not the pages of the caller"
+    assert not seen["writable"]
+    assert seen["anonymous_mb"] < 60, "the child copied its input"
+    assert 280 < seen["shared_mb"] < 330
+    assert reply.peak_rss_mb < idle_mb + 330
+    os.close(fd)
+
+
+def test_a_reply_of_several_hundred_mb_costs_the_caller_no_memory() -> None:
+    fd = channel.write_memory([bytes(1 << 20)] * 200)
+    with ChildPool(light()) as pool:
+        before_mb = entries.memory_mb("RssAnon")
+        reply = pool.run("entries:echo", [fd], slot=SLOT, timeout_s=60)
+        assert os.fstat(reply.buffers[0]).st_size == 200 << 20
+        assert entries.memory_mb("RssAnon") - before_mb < 20
+        reply.close()
+    os.close(fd)
+
+
+@pytest.mark.parametrize("entry", ["returns_none", "returns_text"])
+def test_a_result_of_the_wrong_type_is_the_functions_failure(entry: str) -> None:
+    with ChildPool(light()) as pool:
+        with pytest.raises(FitFailed, match="TypeError"):
+            pool.run(f"entries:{entry}", [], slot=SLOT, timeout_s=30)
+        assert call(pool, "add", 1, 2) == 3
+
+
+def test_more_result_buffers_than_a_message_holds_are_a_clear_failure() -> None:
+    (fd,) = memory(b"300")
+    with ChildPool(light()) as pool:
+        try:
+            reply = pool.run("entries:many_buffers", [fd], slot=SLOT, timeout_s=30)
+            assert [read(each) for each in reply.buffers] == [b"%d" % n for n in range(300)]
+            reply.close()
+        except FitFailed as error:
+            assert "300" in str(error)
+        assert call(pool, "add", 1, 2) == 3
+    os.close(fd)
+
+
+def test_more_input_buffers_than_a_message_holds_are_a_clear_failure() -> None:
+    fds = memory(*[b""] * 300)
+    with ChildPool(light()) as pool:
+        called_s = time.monotonic()
+        with pytest.raises(Exception, match="300|[Dd]escriptor|[Bb]uffer"):
+            pool.run("entries:echo", fds, slot=SLOT, timeout_s=30).close()
+        assert time.monotonic() - called_s < 3
+        assert call(pool, "add", 1, 2) == 3
+        assert wait_until(lambda: not pool.children()), "the child of the failed call stays"
+    channel.close_all(fds)
+
+
+def test_a_closed_descriptor_is_the_callers_error_and_leaves_no_child() -> None:
+    with ChildPool(light()) as pool:
+        call(pool, "pid")
+        called_s = time.monotonic()
+        with pytest.raises(Exception, match=r"[Dd]escriptor"):
+            pool.run("entries:echo", [999_999], slot=SLOT, timeout_s=30)
+        assert time.monotonic() - called_s < 3
+        assert call(pool, "add", 1, 2) == 3
+        assert wait_until(lambda: not pool.children()), "the child of the failed call stays"
+
+
+def test_a_caller_without_descriptors_left_gets_an_error_not_fewer_buffers() -> None:
+    script = """
+import os, resource
+from fedhpc.isolation import ChildPool, PoolOptions, Slot, channel
+with ChildPool(PoolOptions(preload=["json"], standby=False)) as pool:
+    fd = channel.write_memory([b"100"])
+    pool.run("entries:many_buffers", [fd], slot=Slot(0), timeout_s=30).close()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (60, 60))
+    try:
+        reply = pool.run("entries:many_buffers", [fd], slot=Slot(0), timeout_s=30)
+        print("buffers", len(reply.buffers))
+    except Exception as error:
+        print("error", type(error).__name__)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.startswith("error"), done.stdout
+
+
+# --- which process answers ---
+
+
+@pytest.mark.parametrize("standby", [True, False], ids=["standby", "no standby"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("fits", "expected"), [(1, [1] * 7), (3, [3, 3, 1]), (0, [7])], ids=["1", "3", "0"]
+)
+def test_a_child_answers_as_many_calls_as_fits_per_process_says(
+    fits: int, expected: list[int], method: str, standby: bool
+) -> None:
+    options = light(fits_per_process=fits, start_method=method, standby=standby)
+    with ChildPool(options) as pool:
+        pids = [call(pool, "pid") for _ in range(7)]
+    runs = [(pid, pids.count(pid)) for pid in dict.fromkeys(pids)]
+    assert [count for _, count in runs] == expected
+    assert pids == [pid for pid, count in runs for _ in range(count)], "pids came back"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_standby_child_is_ready_before_it_is_called(method: str, tmp_path: Path) -> None:
+    options = light(start_method=method, standby=True, prepare="entries:remember")
+    with ChildPool(options) as pool:
+        first = call(pool, "pid")
+        assert wait_until(lambda: pool.children() and pool.children() != [first])
+        (standby,) = [pid for pid in pool.children() if pid != first]
+        assert call(pool, "pid") == standby
+
+
+def test_without_standby_nothing_runs_between_calls() -> None:
+    with ChildPool(light()) as pool:
+        call(pool, "pid")
+        assert wait_until(lambda: not pool.children())
+
+
+@pytest.mark.parametrize("fits", [1, 0])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_environment_of_the_slot_reaches_its_child_only(method: str, fits: int) -> None:
+    slots = [Slot(n, {"PLACE": f"gpu {n}"}) for n in range(2)]
+    with ChildPool(light(start_method=method, fits_per_process=fits)) as pool:
+        answers = [call(pool, "environment", "PLACE", slot=slots[n % 2]) for n in range(4)]
+    assert [value for _, value in answers] == ["gpu 0", "gpu 1", "gpu 0", "gpu 1"]
+    first = {pid for pid, _ in answers[0::2]}
+    second = {pid for pid, _ in answers[1::2]}
+    assert not first & second
+    assert len(first) == len(second) == (2 if fits == 1 else 1)
+    assert "PLACE" not in os.environ
+
+
+# --- failures and deaths ---
+
+
+@pytest.mark.parametrize("fits", [1, 0])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_exception_arrives_with_type_message_and_the_childs_traceback(
+    method: str, fits: int
+) -> None:
+    with ChildPool(light(start_method=method, fits_per_process=fits)) as pool:
+        with pytest.raises(FitFailed) as caught:
+            call(pool, "raise_error", "no such layer: Größe")
+        assert caught.value.message == "ValueError: no such layer: Größe"
+        assert 'entries.py", line ' in caught.value.traceback
+        assert "in raise_error" in caught.value.traceback
+        assert caught.value.traceback.startswith("Traceback (most recent call last)")
+        assert call(pool, "add", 1, 2) == 3
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("raise_system_exit", "SystemExit: the app left"),
+        ("raise_interrupt", "KeyboardInterrupt"),
+        ("raise_unprintable", "Unprintable"),
+        ("no_such_function", "no_such_function"),
+    ],
+)
+def test_whatever_is_raised_is_a_failure_and_the_pool_works_on(entry: str, message: str) -> None:
+    with ChildPool(light(fits_per_process=0)) as pool:
+        with pytest.raises(FitFailed, match=message):
+            call(pool, entry)
+        assert call(pool, "add", 1, 2) == 3
+
+
+def test_an_entry_in_a_module_that_does_not_exist_is_named() -> None:
+    with ChildPool(light()) as pool:
+        with pytest.raises(FitFailed, match="ModuleNotFoundError.*no_such_module"):
+            pool.run("no_such_module:run", [], slot=SLOT, timeout_s=30)
+        assert call(pool, "add", 1, 2) == 3
+
+
+@pytest.mark.parametrize("length", [100_000, 12_000], ids=["very long", "long"])
+@pytest.mark.parametrize("letter", ["x", "ü", "\N{ROCKET}", "\udcff"], ids=ascii)
+def test_a_long_message_in_any_alphabet_arrives(letter: str, length: int) -> None:
+    with ChildPool(light()) as pool:
+        with pytest.raises(FitFailed) as caught:
+            call(pool, "raise_error", letter * length)
+        assert letter * 1000 in caught.value.message
+        assert call(pool, "add", 1, 2) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_child_that_leaves_is_reported_with_its_code(method: str) -> None:
+    with ChildPool(light(start_method=method)) as pool:
+        with pytest.raises(FitDied, match="exited with code 3"):
+            call(pool, "leave_with", 3)
+        assert call(pool, "add", 1, 2) == 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["SIGSEGV", "SIGKILL", "SIGABRT", "SIGTERM", "SIGUSR1"])
+def test_a_death_by_signal_is_reported_by_name(name: str, method: str) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+    with ChildPool(light(start_method=method)) as pool:
+        called_s = time.monotonic()
+        with pytest.raises(FitDied, match=rf"killed by {name}\b"):
+            call(pool, "kill_self", signal.Signals[name])
+        assert time.monotonic() - called_s < 5
+        assert call(pool, "add", 1, 2) == 3
+
+
+def test_a_death_by_a_real_time_signal_is_reported_too() -> None:
+    with ChildPool(light()) as pool:
+        with pytest.raises(FitDied, match=r"killed by"):
+            call(pool, "kill_self", signal.SIGRTMIN + 3)
+        assert call(pool, "add", 1, 2) == 3
+
+
+@pytest.mark.parametrize("fits", [1, 0])
+@pytest.mark.parametrize("early", [False, True], ids=["in each child", "early"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("prepare", "error", "message"),
+    [
+        ("entries:refuse", FitFailed, "LookupError: 'cannot prepare 4'|cannot prepare 4"),
+        ("entries:leave_in_prepare", FitFailed, "SystemExit: left with 4"),
+        ("entries:no_such_function", FitFailed, "no_such_function"),
+        ("no_such_module:prepare", FitFailed, "no_such_module"),
+        ("entries:die_in_prepare", FitDied, "exited with code 4"),
+    ],
+    ids=["raises", "exits", "no function", "no module", "dies"],
+)
+def test_a_prepare_that_fails_is_told_to_each_caller(
+    prepare: str, error: type[Exception], message: str, method: str, early: bool, fits: int
+) -> None:
+    if early and (method == "spawn" or error is FitDied):
+        pytest.skip("not prepared early, or the fork server itself dies")
+    options = light(
+        prepare=prepare,
+        prepare_arg="4",
+        prepare_early=early,
+        start_method=method,
+        fits_per_process=fits,
+        standby=True,
+    )
+    with ChildPool(options) as pool:
+        for _ in range(3):
+            with pytest.raises(error, match=message):
+                call(pool, "pid")
+
+
+def test_prepare_runs_once_in_each_child_or_once_early() -> None:
+    with ChildPool(light(prepare="entries:remember", prepare_arg="it", fits_per_process=3)) as pool:
+        answers = [call(pool, "recall") for _ in range(6)]
+        assert [prepared for prepared, _ in answers] == [f"it by {pid}" for _, pid in answers]
+    early = light(prepare="entries:remember", prepare_arg="it", prepare_early=True)
+    with ChildPool(early) as pool:
+        server = entries.fork_server_of(os.getpid())
+        assert [call(pool, "recall")[0] for _ in range(3)] == [f"it by {server}"] * 3
+
+
+@pytest.mark.parametrize("fault", ["raise ValueError('broken')", "import no_such_module", "1 +"])
+def test_a_preload_that_cannot_be_imported_does_not_stop_the_children(
+    fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "broken.py").write_text(fault)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    with ChildPool(light(preload=["broken", "no_such_module"])) as pool:
+        assert call(pool, "add", 1, 2) == 3
+
+
+# --- what children may do ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("entry", "args", "expected"),
+    [
+        ("run_threads", [20], 190),
+        ("run_subprocess", [], "from a subprocess"),
+        ("run_process_pool", ["fork"], [0, 1, 4, 9, 16]),
+        ("run_process_pool", ["spawn"], [0, 1, 4, 9, 16]),
+        ("run_process_pool", ["forkserver"], [0, 1, 4, 9, 16]),
+    ],
+    ids=["threads", "subprocess", "pool fork", "pool spawn", "pool forkserver"],
+)
+def test_a_child_may_use_threads_and_processes(
+    entry: str, args: list[Any], expected: Any, method: str
+) -> None:
+    with ChildPool(light(start_method=method)) as pool:
+        assert call(pool, entry, *args) == expected
+
+
+def test_a_child_may_use_data_loader_workers() -> None:
+    with ChildPool(light(preload=["torch", "torch.utils.data"], fits_per_process=0)) as pool:
+        assert call(pool, "run_data_loader", 2, timeout_s=60) == sum(range(64))
+        assert call(pool, "run_data_loader", 0) == sum(range(64))
+
+
+def test_a_thread_that_never_ends_does_not_keep_the_child() -> None:
+    with ChildPool(light()) as pool:
+        call(pool, "leave_thread_running")
+        assert wait_until(lambda: not pool.children())
+
+
+# --- threads and imports ---
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize(
+    ("method", "preload"),
+    [("forkserver", ["torch"]), ("forkserver", ["json"]), ("spawn", [])],
+    ids=["torch preloaded", "torch imported late", "spawn"],
+)
+def test_torch_has_threads_per_fit_threads(method: str, preload: list[str], threads: int) -> None:
+    options = light(start_method=method, preload=preload, threads_per_fit=threads)
+    with ChildPool(options) as pool:
+        assert call(pool, "torch_threads", timeout_s=60) == threads
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_fork_server_has_one_thread_and_no_cuda_after_its_preload(threads: int) -> None:
+    preload = [*DEFAULT_PRELOAD, "flwr.clientapp", "fedhpc.federation.fit"]
+    with ChildPool(light(preload=preload, threads_per_fit=threads)) as pool:
+        state = call(pool, "fork_server_state", timeout_s=60)
+    assert state == {"threads": 1, "cuda": False, "cuda_library": False, "cuda_device": False}
+
+
+def _builtin_options(tmp_path: Path) -> PoolOptions:
+    """Return what an array task of the built-in app gives its pool."""
+    from fedhpc import config
+
+    task = ArrayTask.__new__(ArrayTask)
+    document = tmp_path / "config.yaml"
+    document.write_text((HERE.parents[1] / "configs/digits.yaml").read_text())
+    task._config = config.load(document)
+    task._paths = type("Paths", (), {"root": tmp_path})()  # type: ignore[assignment]
+    return task._pool_options()
+
+
+def test_a_training_step_imports_nothing_after_the_fork(tmp_path: Path) -> None:
+    preload = _builtin_options(tmp_path).preload
+    # The tests' own module is not the product's to preload.
+    with ChildPool(light(preload=[*preload, "entries"], fits_per_process=0)) as pool:
+        reply = call_for_reply(pool, "train_step", timeout_s=60)
+        reply.close()
+    assert reply.late_imports == []
+
+
+def test_without_dynamo_a_training_step_imports_hundreds_of_modules_after_the_fork() -> None:
+    with ChildPool(light(preload=["numpy", "torch", "entries"])) as pool:
+        reply = call_for_reply(pool, "train_step", timeout_s=60)
+        reply.close()
+    assert len(reply.late_imports) == 100, "the report is cut at 100"
+    assert any(name.startswith("torch._dynamo") for name in reply.late_imports)
+
+
+def test_a_late_import_is_reported_by_name() -> None:
+    with ChildPool(light(fits_per_process=0)) as pool:
+        reply = call_for_reply(pool, "pid")
+        reply.close()
+    assert "entries" in reply.late_imports
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_callers_main_module_is_not_imported_again(method: str, tmp_path: Path) -> None:
+    script = tmp_path / "experiment.py"
+    script.write_text(
+        "print('imported', flush=True)\n"
+        "from fedhpc.isolation import *\n"
+        "import sys\n"
+        f"sys.path.insert(0, {str(HERE)!r})\n"
+        "from entries import call\n"
+        f"with ChildPool(PoolOptions(start_method={method!r}, preload=['json'])) as pool:\n"
+        "    for _ in range(3):\n"
+        "        print('main is', call(pool, 'main_module'), flush=True)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines().count("imported") == 1
+    assert len(re.findall("main is .*fedhpc/isolation/", done.stdout)) == 3
+    assert done.stderr == ""
+
+
+# --- many calls ---
+
+
+def test_300_calls_leave_descriptors_and_memory_of_the_caller_flat() -> None:
+    with ChildPool(light(standby=True)) as pool:
+
+        def measure(calls: int) -> tuple[int, float]:
+            for number in range(calls):
+                if number % 10 == 3:
+                    with pytest.raises(FitFailed):
+                        call(pool, "raise_error", "x")
+                else:
+                    assert call(pool, "add", number, 1) == number + 1
+            assert wait_until(lambda: len(pool.children()) <= 1)
+            return len(os.listdir("/proc/self/fd")), entries.memory_mb()
+
+        fds, rss_mb = measure(50)
+        fds_later, rss_mb_later = measure(250)
+    assert fds_later <= fds + 2
+    assert rss_mb_later < rss_mb + 3
+
+
+@pytest.mark.parametrize("fits", [1, 3, 0])
+@pytest.mark.parametrize("method", METHODS)
+def test_four_slots_used_at_once_give_the_right_answers(method: str, fits: int) -> None:
+    together = threading.Barrier(4, timeout=30)
+    calls = 8 if method == "forkserver" else 3
+
+    def use(slot: Slot) -> list[int]:
+        together.wait()
+        return [call(pool, "add", slot.index * 1000, n, slot=slot) for n in range(calls)]
+
+    with ChildPool(light(fits_per_process=fits, start_method=method, standby=True)) as pool:
+        answers = [entries.Background(use, Slot(index)) for index in range(4)]
+        for index, answer in enumerate(answers):
+            assert answer.result(60) == [index * 1000 + n for n in range(calls)]
+        assert wait_until(lambda: len(pool.children()) <= 4)
+
+
+def test_slots_run_side_by_side() -> None:
+    with ChildPool(light(standby=True)) as pool:
+        call(pool, "pid")
+        began_s = time.monotonic()
+        answers = [
+            entries.Background(call, pool, "working_time", 1.0, slot=Slot(index))
+            for index in range(4)
+        ]
+        assert len({answer.result(30) for answer in answers}) == 4
+        assert time.monotonic() - began_s < 2.5
+
+
+# --- slots ---
+
+
+def _visible(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
+
+
+def _gpus(slots: list[Slot]) -> list[str]:
+    assert [slot.index for slot in slots] == list(range(len(slots)))
+    return [slot.env["CUDA_VISIBLE_DEVICES"] for slot in slots]
+
+
+@pytest.mark.parametrize(
+    ("cpus", "threads", "expected"), [(8, 1, 8), (8, 2, 4), (7, 2, 3), (1, 4, 1)]
+)
+def test_automatic_slots_on_the_cpu_are_as_many_as_its_threads_allow(
+    cpus: int, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _visible(monkeypatch, "")
+    slots = find_slots("auto", "auto", cpus=cpus, threads_per_fit=threads)
+    assert _gpus(slots) == [""] * expected
+
+
+def test_slots_on_the_cpu_are_as_many_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    _visible(monkeypatch, "")
+    assert _gpus(find_slots("auto", 3, cpus=1, threads_per_fit=1)) == ["", "", ""]
+
+
+@pytest.mark.parametrize(
+    ("visible", "gpus"),
+    [
+        ("0", ["0"]),
+        ("2,5", ["2", "5"]),
+        (" 0, 1 ", ["0", "1"]),
+        ("GPU-8a5b,GPU-77c1", ["GPU-8a5b", "GPU-77c1"]),
+        ("MIG-GPU-1/3/0", ["MIG-GPU-1/3/0"]),
+        ("", [""]),
+        ("NoDevFiles", [""]),
+        ("-1", [""]),  # the usual way to hide all: CUDA's list ends at the first invalid entry
+        ("3,-1,0", ["3"]),
+    ],
+)
+def test_each_visible_gpu_is_a_slot(
+    visible: str, gpus: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _visible(monkeypatch, visible)
+    assert _gpus(find_slots("auto", "auto", cpus=1, threads_per_fit=1)) == gpus
+
+
+def test_slots_spread_over_the_gpus_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    _visible(monkeypatch, "0,1,2")
+    slots = find_slots("cuda", 2, cpus=1, threads_per_fit=1)
+    assert _gpus(slots) == ["0", "1", "2", "0", "1", "2"]
+
+
+@pytest.mark.parametrize("visible", ["", "NoDevFiles", "-1"])
+def test_a_wanted_gpu_that_is_not_there_is_an_error(
+    visible: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _visible(monkeypatch, visible)
+    with pytest.raises(PlatformError, match="expected a GPU") as caught:
+        find_slots("cuda", "auto", cpus=1, threads_per_fit=1)
+    assert repr(visible) in str(caught.value)
+    assert "Hint:" in str(caught.value)
+
+
+def test_the_cpu_as_device_ignores_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    _visible(monkeypatch, "0,1")
+    assert _gpus(find_slots("cpu", 2, cpus=4, threads_per_fit=1)) == ["", ""]
+
+

@@ -1,0 +1,671 @@
+"""Which array task does which fit: each rule by itself, then all of them at random."""
+
+from typing import Any, ClassVar, Literal
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from fedhpc.federation.dispatch import Action, Assign, Cancel, Dispatch, Drop, Fail
+
+LIVENESS_S = 10.0
+
+
+def machine(array_tasks: int = 2, **options: Any) -> Dispatch:
+    return Dispatch(array_tasks=array_tasks, liveness_timeout_s=LIVENESS_S, **options)
+
+
+def assigned(actions: list[Action]) -> list[tuple[int, str]]:
+    return [(a.link, a.message_id) for a in actions if isinstance(a, Assign)]
+
+
+def connected(array_tasks: int = 2, slots: int = 1, **options: Any) -> Dispatch:
+    """Return a machine whose array task t is connected as link t + 1."""
+    dispatch = machine(array_tasks, **options)
+    for array_task in range(array_tasks):
+        dispatch.join(array_task + 1, array_task, slots, [], 0.0)
+    return dispatch
+
+
+# --- submit and assign ---------------------------------------------------------------------------
+
+
+def test_a_message_goes_to_a_free_slot() -> None:
+    dispatch = connected(1)
+    dispatch.submit("a", 0)
+    assert dispatch.actions() == [Assign(1, "a")]
+    assert dispatch.actions() == []
+    assert dispatch.running == 1
+
+
+def test_a_message_that_is_open_cannot_be_submitted_again() -> None:
+    dispatch = connected(1)
+    dispatch.submit("a", 0)
+    with pytest.raises(ValueError, match="message a is open already"):
+        dispatch.submit("a", 0)
+
+
+def test_a_message_that_was_answered_can_be_submitted_again() -> None:
+    dispatch = connected(1)
+    dispatch.submit("a", 0)
+    dispatch.actions()
+    dispatch.answered(1, "a")
+    dispatch.submit("a", 0)
+    assert dispatch.actions() == [Assign(1, "a")]
+
+
+def test_a_link_gets_no_more_messages_than_slots() -> None:
+    dispatch = connected(1, slots=2)
+    for message_id in "abc":
+        dispatch.submit(message_id, 0)
+    assert assigned(dispatch.actions()) == [(1, "a"), (1, "b")]
+    assert dispatch.answered(1, "a")
+    assert assigned(dispatch.actions()) == [(1, "c")]
+
+
+def test_messages_are_assigned_in_the_order_of_submission() -> None:
+    dispatch = machine(1)
+    for message_id in "cab":
+        dispatch.submit(message_id, 0)
+    dispatch.join(1, 0, 3, [], 0.0)
+    assert [message_id for _, message_id in assigned(dispatch.actions())] == ["c", "a", "b"]
+
+
+def test_a_message_that_was_lost_comes_before_the_later_ones() -> None:
+    dispatch = connected(2)
+    for message_id in "abcd":
+        dispatch.submit(message_id, 0)
+    assert assigned(dispatch.actions()) == [(1, "a"), (2, "b")]
+    dispatch.leave(1)
+    dispatch.actions()
+    dispatch.answered(2, "b")
+    assert assigned(dispatch.actions()) == [(2, "a")]
+
+
+def test_few_messages_spread_over_the_array_tasks() -> None:
+    dispatch = connected(3, slots=4)
+    for message_id in "abc":
+        dispatch.submit(message_id, 0)
+    assert sorted(link for link, _ in assigned(dispatch.actions())) == [1, 2, 3]
+
+
+def test_no_work_starts_before_enough_array_tasks_are_there() -> None:
+    dispatch = machine(3, min_array_tasks=2)
+    dispatch.submit("a", 0)
+    dispatch.join(1, 0, 1, [], 0.0)
+    assert not dispatch.started
+    assert dispatch.actions() == []
+    dispatch.join(2, 1, 1, [], 0.0)
+    assert dispatch.started
+    assert dispatch.array_tasks_connected == 2
+    assert assigned(dispatch.actions()) == [(1, "a")]
+
+
+def test_one_array_task_that_connects_twice_is_not_two() -> None:
+    dispatch = machine(3, min_array_tasks=2)
+    dispatch.join(1, 0, 1, [], 0.0)
+    dispatch.join(2, 0, 1, [], 1.0)
+    assert not dispatch.started
+    assert dispatch.links_of(0) == [2]
+
+
+def test_work_that_has_started_goes_on_with_fewer_array_tasks() -> None:
+    dispatch = connected(2, min_array_tasks=2)
+    dispatch.leave(1)
+    dispatch.submit("a", 0)
+    assert assigned(dispatch.actions()) == [(2, "a")]
+
+
+def test_an_array_task_that_comes_later_gets_work_too() -> None:
+    dispatch = connected(1)
+    dispatch.submit("a", 0)
+    dispatch.submit("b", 0)
+    dispatch.actions()
+    dispatch.join(7, 1, 1, [], 5.0)
+    assert assigned(dispatch.actions()) == [(7, "b")]
+
+
+# --- placement -----------------------------------------------------------------------------------
+
+
+def test_with_pinned_client_k_runs_on_array_task_k_modulo_their_number() -> None:
+    dispatch = connected(2, slots=4, placement="pinned")
+    for client_id in range(4):
+        dispatch.submit(f"client {client_id}", client_id)
+    assert sorted(assigned(dispatch.actions())) == [
+        (1, "client 0"),
+        (1, "client 2"),
+        (2, "client 1"),
+        (2, "client 3"),
+    ]
+
+
+def test_a_pinned_message_waits_for_its_array_task_and_holds_nobody_up() -> None:
+    dispatch = machine(2, placement="pinned")
+    dispatch.join(1, 1, 1, [], 0.0)
+    dispatch.submit("of 0", 0)
+    dispatch.submit("of 1", 1)
+    assert assigned(dispatch.actions()) == [(1, "of 1")]
+    dispatch.join(2, 0, 1, [], 1.0)
+    assert assigned(dispatch.actions()) == [(2, "of 0")]
+
+
+# --- answers -------------------------------------------------------------------------------------
+
+
+def test_the_first_answer_counts_and_the_second_does_not() -> None:
+    dispatch = connected(1)
+    dispatch.submit("a", 0)
+    dispatch.actions()
+    assert dispatch.answered(1, "a")
+    assert not dispatch.answered(1, "a")
+    assert dispatch.actions() == []
+    assert dispatch.running == 0
+
+
+def test_an_answer_to_an_unknown_message_does_not_count() -> None:
+    dispatch = connected(1)
+    assert not dispatch.answered(1, "never asked")
+    assert dispatch.actions() == []
+
+
+def test_a_late_answer_of_a_lost_link_counts_and_the_new_one_is_told() -> None:
+    dispatch = connected(2)
+    dispatch.submit("a", 0)
+    assert assigned(dispatch.actions()) == [(1, "a")]
+    dispatch.leave(1)
+    assert assigned(dispatch.actions()) == [(2, "a")]
+    assert dispatch.answered(1, "a")
+    assert dispatch.actions() == [Cancel(2, "a")]
+    assert not dispatch.answered(2, "a")
+
+
+def test_an_answer_of_an_array_task_that_was_not_asked_counts() -> None:
+    dispatch = connected(2)
+    dispatch.submit("a", 0)
+    dispatch.actions()
+    assert dispatch.answered(2, "a")
+    assert dispatch.actions() == [Cancel(1, "a")]
+
+
+def test_a_slot_that_a_cancelled_message_had_is_free_again() -> None:
+    dispatch = connected(1)
+    dispatch.submit("a", 0)
+    dispatch.submit("b", 0)
+    dispatch.actions()
+    dispatch.withdraw("a")
+    assert dispatch.actions() == [Cancel(1, "a"), Assign(1, "b")]
+
+
+def test_a_withdrawn_message_is_answered_no_more() -> None:
+    dispatch = connected(1)
+    dispatch.submit("a", 0)
+    dispatch.actions()
+    dispatch.withdraw("a")
+    assert dispatch.actions() == [Cancel(1, "a")]
+    assert not dispatch.answered(1, "a")
+
+
+def test_a_message_can_be_withdrawn_before_anybody_has_it_and_twice() -> None:
+    dispatch = machine(1)
+    dispatch.submit("a", 0)
+    dispatch.withdraw("a")
+    dispatch.withdraw("a")
+    dispatch.join(1, 0, 1, [], 0.0)
+    assert dispatch.actions() == []
+
+
+# --- array tasks that are lost -------------------------------------------------------------------
+
+
+def test_a_lost_message_goes_to_another_array_task() -> None:
+    dispatch = connected(2)
+    dispatch.submit("a", 0)
+    dispatch.actions()
+    dispatch.leave(1, "its stream broke")
+    assert dispatch.actions() == [Drop(1, "its stream broke"), Assign(2, "a")]
+
+
+def test_a_link_that_is_gone_can_go_and_speak_again_without_effect() -> None:
+    dispatch = connected(1)
+    dispatch.leave(1)
+    dispatch.actions()
+    dispatch.leave(1)
+    dispatch.heard(1, 5.0)
+    assert dispatch.actions() == []
+    assert dispatch.array_tasks_connected == 0
+
+
+def test_a_message_that_is_lost_again_and_again_fails_and_says_why() -> None:
+    dispatch = machine(1, max_losses=3)
+    dispatch.submit("a", 0)
+    seen: list[Action] = []
+    for link in (1, 2, 3):
+        dispatch.join(link, 0, 1, [], 0.0)
+        assert assigned(dispatch.actions()) == [(link, "a")]
+        dispatch.leave(link, "killed by SIGKILL")
+        seen += dispatch.actions()
+    (failure,) = [action for action in seen if isinstance(action, Fail)]
+    assert failure.message_id == "a"
+    assert failure.reason == (
+        "its array task was lost 3 times while it ran; at last array task 0: killed by SIGKILL"
+    )
+    assert not dispatch.answered(3, "a")
+    dispatch.join(4, 0, 1, [], 0.0)
+    assert dispatch.actions() == []
+
+
+def test_an_array_task_that_connects_again_is_not_blamed_for_its_messages() -> None:
+    dispatch = machine(1, max_losses=1)
+    dispatch.submit("a", 0)
+    for link in range(1, 6):
+        dispatch.join(link, 0, 1, [], 0.0)
+        assert not any(isinstance(action, Fail) for action in dispatch.actions())
+    assert dispatch.answered(5, "a")
+
+
+def test_a_message_with_a_second_array_task_is_not_failed_by_the_loss_of_the_first() -> None:
+    dispatch = connected(2, max_losses=1)
+    dispatch.submit("a", 0)
+    assert assigned(dispatch.actions()) == [(1, "a")]
+    dispatch.join(3, 1, 1, ["a"], 0.0)  # it had it from before
+    dispatch.actions()
+    dispatch.leave(1)
+    assert dispatch.actions() == [Drop(1, "its stream broke")]
+    assert dispatch.answered(3, "a")
+
+
+# --- array tasks that come back ------------------------------------------------------------------
+
+
+def test_a_new_link_of_an_array_task_replaces_the_old_one() -> None:
+    dispatch = connected(2)
+    dispatch.join(3, 0, 1, [], 1.0)
+    (drop,) = dispatch.actions()
+    assert isinstance(drop, Drop)
+    assert drop.link == 1
+    assert "array task 0 connected again" in drop.reason
+    assert dispatch.links_of(0) == [3]
+    assert dispatch.array_tasks_connected == 2
+
+
+def test_what_an_array_task_holds_is_not_assigned_again() -> None:
+    dispatch = connected(2)
+    dispatch.submit("a", 0)
+    assert assigned(dispatch.actions()) == [(1, "a")]
+    dispatch.join(3, 0, 1, ["a"], 1.0)
+    assert assigned(dispatch.actions()) == []
+    assert dispatch.answered(3, "a")
+
+
+def test_what_an_array_task_holds_takes_its_slots() -> None:
+    dispatch = machine(1)
+    for message_id in "abc":
+        dispatch.submit(message_id, 0)
+    dispatch.join(1, 0, 1, ["a", "b"], 0.0)
+    assert dispatch.actions() == []
+    dispatch.answered(1, "a")
+    assert dispatch.actions() == []
+    dispatch.answered(1, "b")
+    assert dispatch.actions() == [Assign(1, "c")]
+
+
+def test_what_nobody_wants_any_more_is_cancelled_when_it_is_offered() -> None:
+    dispatch = machine(1)
+    dispatch.join(1, 0, 1, ["old"], 0.0)
+    assert dispatch.actions() == [Cancel(1, "old")]
+
+
+def test_two_array_tasks_may_hold_one_message_and_the_slower_is_told() -> None:
+    dispatch = machine(2)
+    dispatch.submit("a", 0)
+    dispatch.join(1, 0, 1, ["a"], 0.0)
+    dispatch.join(2, 1, 1, ["a"], 0.0)
+    assert dispatch.actions() == []
+    assert dispatch.answered(2, "a")
+    assert dispatch.actions() == [Cancel(1, "a")]
+
+
+# --- silence -------------------------------------------------------------------------------------
+
+
+def ticks(dispatch: Dispatch, start_s: int, end_s: int) -> list[Action]:
+    """Tick each second from start to end, both included."""
+    actions: list[Action] = []
+    for now_s in range(start_s, end_s + 1):
+        dispatch.tick(float(now_s))
+        actions += dispatch.actions()
+    return actions
+
+
+def test_a_silent_array_task_is_dropped_and_its_message_goes_elsewhere() -> None:
+    dispatch = connected(2)
+    dispatch.submit("a", 0)
+    dispatch.actions()
+    for now_s in range(20):
+        dispatch.heard(2, float(now_s))
+        dispatch.tick(float(now_s))
+        if found := dispatch.actions():
+            assert now_s == 11
+            assert found == [Drop(1, "array task 0 was silent for 11 s"), Assign(2, "a")]
+    assert dispatch.array_tasks_connected == 1
+
+
+def test_an_array_task_that_speaks_is_kept() -> None:
+    dispatch = connected(1)
+    for now_s in range(0, 100, 4):
+        dispatch.heard(1, float(now_s))
+        dispatch.tick(float(now_s))
+    assert dispatch.actions() == []
+
+
+def test_nobody_is_blamed_when_the_server_itself_was_stalled() -> None:
+    dispatch = connected(2)
+    assert ticks(dispatch, 0, 3) == []
+    assert ticks(dispatch, 500, 507) == []  # 3 s of silence before the stall, 7 s after it
+    found = ticks(dispatch, 508, 508)
+    assert [action.link for action in found if isinstance(action, Drop)] == [1, 2]
+
+
+def test_a_stall_gives_nobody_more_than_a_whole_timeout_of_patience() -> None:
+    dispatch = connected(1)
+    assert ticks(dispatch, 0, 3) == []
+    dispatch.heard(1, 499.0)  # read in the moment after the stall, before the tick
+    assert ticks(dispatch, 500, 508) == []
+    found = ticks(dispatch, 509, 512)
+    assert [action.link for action in found if isinstance(action, Drop)] == [1]
+
+
+# --- everything at random --------------------------------------------------------------------------
+
+
+class Behaviour(RuleBasedStateMachine):
+    """Array tasks and a server with all their habits, against what `Dispatch` promises."""
+
+    placement: ClassVar[Literal["any", "pinned"]] = "any"
+    ARRAY_TASKS = 3
+    MAX_LOSSES = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dispatch = Dispatch(
+            array_tasks=self.ARRAY_TASKS,
+            placement=self.placement,
+            min_array_tasks=2,
+            liveness_timeout_s=LIVENESS_S,
+            max_losses=self.MAX_LOSSES,
+        )
+        self.now_s = 0.0
+        self.next_link = 1
+        self.next_message = 0
+        # The server's side of the truth.
+        self.client_of: dict[str, int] = {}
+        self.open: set[str] = set()
+        self.ended: list[str] = []  # every submission of a message that ended
+        self.submitted: list[str] = []
+        self.most_connected = 0
+        self.losses: dict[str, int] = {}
+        # The array tasks' side: what each live link was told to do, and all that an array task has.
+        self.link_of: dict[int, int] = {}
+        self.slots: dict[int, int] = {}
+        self.has: dict[int, set[str]] = {}
+        self.kept: dict[int, set[str]] = {task: set() for task in range(self.ARRAY_TASKS)}
+        self.heard_s: dict[int, float] = {}
+        self.dispatch.tick(self.now_s)
+
+    # --- what goes out ---
+
+    def follow(self) -> None:
+        self.take(self.dispatch.actions())
+
+    def take(self, actions: list[Action]) -> None:
+        for action in actions:
+            if isinstance(action, Fail):
+                self.end(action.message_id)
+                assert self.losses[action.message_id] >= self.MAX_LOSSES
+                assert str(self.losses[action.message_id]) in action.reason
+                continue
+            if isinstance(action, Drop):
+                assert action.link in self.slots, "only a live link is dropped"
+                self.forget(action.link)
+                continue
+            array_task = self.array_task_of(action.link)
+            assert array_task is not None, f"{action} for a link that is gone"
+            if isinstance(action, Cancel):
+                assert action.message_id in self.has[action.link], "a Cancel of what it has not"
+                self.has[action.link].discard(action.message_id)
+                self.kept[array_task].discard(action.message_id)
+                continue
+            assert action.message_id in self.open, "an Assign of what is not open"
+            assert action.message_id not in self.has[action.link], "it has it already"
+            others = [link for link in self.has if action.message_id in self.has[link]]
+            assert others == [], "somebody else has it"
+            assert len(self.has[action.link]) < self.slots[action.link], "no slot is free"
+            if self.placement == "pinned":
+                assert self.client_of[action.message_id] % self.ARRAY_TASKS == array_task
+            assert self.most_connected >= 2, "work starts with min_array_tasks"
+            self.has[action.link].add(action.message_id)
+            self.kept[array_task].add(action.message_id)
+
+    def array_task_of(self, link: int) -> int | None:
+        return next((task for task, number in self.link_of.items() if number == link), None)
+
+    def end(self, message_id: str) -> None:
+        assert message_id in self.open, f"{message_id} ends twice"
+        self.open.discard(message_id)
+        self.ended.append(message_id)
+
+    def forget(self, link: int) -> None:
+        task = self.array_task_of(link)
+        assert task is not None
+        del self.link_of[task], self.slots[link], self.has[link], self.heard_s[link]
+
+    def blame(self, link: int) -> None:
+        for message_id in self.has[link]:
+            self.losses[message_id] = self.losses.get(message_id, 0) + 1
+
+    # --- the server's habits ---
+
+    @rule(client_id=st.integers(0, 8))
+    def submit(self, client_id: int) -> None:
+        message_id = f"m{self.next_message}"
+        self.next_message += 1
+        self._submit(message_id, client_id)
+
+    @rule(data=st.data())
+    @precondition(lambda self: set(self.submitted) - self.open)
+    def submit_again(self, data: st.DataObject) -> None:
+        message_id = data.draw(st.sampled_from(sorted(set(self.submitted) - self.open)))
+        self._submit(message_id, self.client_of[message_id])
+
+    def _submit(self, message_id: str, client_id: int) -> None:
+        self.dispatch.submit(message_id, client_id)
+        self.client_of[message_id] = client_id
+        self.open.add(message_id)
+        self.submitted.append(message_id)
+        self.losses[message_id] = 0
+        self.follow()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.open)
+    def withdraw(self, data: st.DataObject) -> None:
+        message_id = data.draw(st.sampled_from(sorted(self.open)))
+        self.dispatch.withdraw(message_id)
+        self.end(message_id)
+        self.follow()
+
+    # --- the array tasks' habits ---
+
+    @rule(
+        array_task=st.integers(0, ARRAY_TASKS - 1), slots=st.integers(1, 3), restarted=st.booleans()
+    )
+    def join(self, array_task: int, slots: int, restarted: bool) -> None:
+        """Come, or come back: with what it still has, or as a new process with nothing."""
+        if restarted:
+            self.kept[array_task].clear()
+        held = sorted(self.kept[array_task])
+        link, self.next_link = self.next_link, self.next_link + 1
+        older = self.link_of.get(array_task)
+        self.dispatch.join(link, array_task, slots, held, self.now_s)
+        actions = self.dispatch.actions()
+        if older is not None:
+            first = actions.pop(0)
+            assert isinstance(first, Drop)
+            assert first.link == older
+            self.forget(older)
+        self.link_of[array_task] = link
+        self.slots[link] = slots
+        self.has[link] = set(held)
+        self.heard_s[link] = self.now_s
+        self.most_connected = max(self.most_connected, len(self.slots))
+        self.take(actions)
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.slots)
+    def leave(self, data: st.DataObject) -> None:
+        link = data.draw(st.sampled_from(sorted(self.slots)))
+        self.blame(link)
+        self.dispatch.leave(link)
+        self.follow()
+        assert link not in self.slots
+
+    @rule(data=st.data(), twice=st.booleans())
+    @precondition(lambda self: any(self.has.values()))
+    def answer(self, data: st.DataObject, twice: bool) -> None:
+        link = data.draw(st.sampled_from(sorted(link for link, has in self.has.items() if has)))
+        message_id = data.draw(st.sampled_from(sorted(self.has[link])))
+        task = self.array_task_of(link)
+        assert task is not None
+        self._answer(link, message_id)
+        self.kept[task].discard(message_id)
+        if twice:
+            assert not self.dispatch.answered(link, message_id)
+            self.follow()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.submitted and self.next_link > 1)
+    def answer_out_of_the_blue(self, data: st.DataObject) -> None:
+        """Answer late: by a link that is gone, or whose message was taken away or answered."""
+        link = data.draw(st.integers(1, self.next_link - 1))
+        message_id = data.draw(st.sampled_from(sorted(set(self.submitted))))
+        self._answer(link, message_id)
+        if (task := self.array_task_of(link)) is not None:
+            self.kept[task].discard(message_id)
+
+    def _answer(self, link: int, message_id: str) -> None:
+        accepted = self.dispatch.answered(link, message_id)
+        assert accepted == (message_id in self.open), "the first answer counts, and no other"
+        if link in self.has:
+            self.has[link].discard(message_id)
+        if accepted:
+            self.end(message_id)
+        self.follow()
+
+    # --- time ---
+
+    @rule(
+        steps=st.integers(1, 4),
+        speakers=st.sampled_from([(), (0,), (1,), (0, 1), (1, 2), (0, 1, 2)]),
+    )
+    def pass_time(self, steps: int, speakers: tuple[int, ...]) -> None:
+        """Let time pass; some array tasks speak, others stall."""
+        for _ in range(steps):
+            self.now_s += 4.0
+            for task in speakers:
+                if task in self.link_of:
+                    self.dispatch.heard(self.link_of[task], self.now_s)
+                    self.heard_s[self.link_of[task]] = self.now_s
+            self.tick()
+
+    def tick(self) -> None:
+        silent = [link for link, at_s in self.heard_s.items() if self.now_s - at_s > LIVENESS_S]
+        for link in silent:
+            self.blame(link)
+        before = set(self.slots)
+        self.dispatch.tick(self.now_s)
+        self.follow()
+        assert before - set(self.slots) == set(silent), "the silent ones are dropped, and no other"
+
+    @rule(read_first=st.booleans())
+    def stall(self, read_first: bool) -> None:
+        """Stop the server itself for long; what everybody said meanwhile is read before or after."""
+        self.now_s += 10 * LIVENESS_S
+        before = set(self.slots)
+        if read_first:
+            self.all_speak()
+        self.dispatch.tick(self.now_s)
+        self.follow()
+        assert set(self.slots) == before, "nobody is blamed for our own stall"
+        if not read_first:
+            self.all_speak()
+
+    def all_speak(self) -> None:
+        for link in self.slots:
+            self.dispatch.heard(link, self.now_s)
+            self.heard_s[link] = self.now_s
+
+    # --- what always holds ---
+
+    @invariant()
+    def every_message_is_open_or_has_ended_exactly_once(self) -> None:
+        assert sorted([*self.ended, *self.open]) == sorted(self.submitted)
+
+    @invariant()
+    def both_sides_agree_on_who_is_connected(self) -> None:
+        assert self.dispatch.array_tasks_connected == len(self.slots)
+        for task in range(self.ARRAY_TASKS):
+            assert self.dispatch.links_of(task) == [
+                link for number, link in self.link_of.items() if number == task
+            ]
+
+    @invariant()
+    def both_sides_agree_on_what_runs(self) -> None:
+        with_somebody = set().union(*self.has.values()) if self.has else set()
+        assert with_somebody <= self.open
+        assert self.dispatch.running == len(with_somebody)
+
+    @invariant()
+    def no_message_waits_while_a_slot_that_may_take_it_is_free(self) -> None:
+        if not self.dispatch.started:
+            return
+        running = set().union(*self.has.values()) if self.has else set()
+        for message_id in self.open - running:
+            for task, link in self.link_of.items():
+                eligible = (
+                    self.placement == "any" or self.client_of[message_id] % self.ARRAY_TASKS == task
+                )
+                assert not eligible or len(self.has[link]) >= self.slots[link]
+
+    def teardown(self) -> None:
+        """Connect everybody, answer everything: then everything has ended."""
+        for task in range(self.ARRAY_TASKS):
+            if task not in self.link_of:
+                self.join(task, 1, restarted=True)
+        for _ in range(len(self.open)):
+            busy = [link for link, has in self.has.items() if has]
+            if not busy:
+                break
+            self._answer(busy[0], min(self.has[busy[0]]))
+        assert self.open == set(), "messages were forgotten"
+        assert not any(self.has.values())
+        assert sorted(self.ended) == sorted(self.submitted)
+        assert self.dispatch.running == 0
+
+
+class PinnedBehaviour(Behaviour):
+    placement: ClassVar[Literal["any", "pinned"]] = "pinned"
+
+
+_SETTINGS = settings(
+    max_examples=150,
+    stateful_step_count=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
+TestAnyPlacement = Behaviour.TestCase
+TestAnyPlacement.settings = _SETTINGS
+TestPinnedPlacement = PinnedBehaviour.TestCase
+TestPinnedPlacement.settings = _SETTINGS
