@@ -3,6 +3,7 @@
 Only the standard library and fedhpc.isolation: children import this module.
 """
 
+import collections
 import ctypes
 import functools
 import gc
@@ -182,9 +183,9 @@ def _held(path: str) -> bool:
     return False
 
 
-def nothing_is_left(token: str) -> Iterator[None]:
+def nothing_is_left(token: str, sockets: int = 0) -> Iterator[None]:
     """Fail when a process, a descriptor or shared memory of the test is still there after it."""
-    descriptors, shared = open_descriptors(), _shared_memory()
+    old, shared = set(open_descriptors().values()), _shared_memory()
     yield
 
     def leftovers() -> dict[str, Any]:
@@ -193,7 +194,10 @@ def nothing_is_left(token: str) -> Iterator[None]:
         return {
             "processes": processes_with(token),
             "zombies": [pid for pid in children_of(os.getpid()) if not is_alive(pid)],
-            "descriptors": {fd: now[fd] for fd in now if now[fd] not in descriptors.values()},
+            "descriptors": collections.Counter(
+                target.split(":")[0] for target in now.values() if target not in old
+            )
+            - collections.Counter({"socket": sockets}),
             "shared memory": [path for path in _shared_memory() - shared if not _held(path)],
         }
 
@@ -228,7 +232,12 @@ def echo(*buffers: memoryview) -> Buffers:
 
 
 def in_parts(*_: memoryview) -> Buffers:
-    return [[b"ab", bytearray(b"cd"), memoryview(b"ef")], [], [b""], [memoryview(bytes(8)).cast("d")]]
+    return [
+        [b"ab", bytearray(b"cd"), memoryview(b"ef")],
+        [],
+        [b""],
+        [memoryview(bytes(8)).cast("d")],
+    ]
 
 
 def returns_none(*_: memoryview) -> None:
@@ -453,6 +462,21 @@ def run_data_loader(workers: int) -> float:
 
 
 @entry
+def data_loader_error() -> None:
+    import torch
+    from torch.utils.data import DataLoader
+
+    class Broken(torch.utils.data.Dataset[int]):
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> int:
+            raise ValueError("a broken sample")
+
+    list(DataLoader(Broken(), num_workers=2))
+
+
+@entry
 def hang_in_data_loader(path: str) -> None:
     iterator = iter(_loader(2))
     next(iterator)
@@ -473,7 +497,8 @@ def fork_server_state() -> dict[str, Any]:
 
     server = os.getppid()
     return {
-        "threads": len(os.listdir(f"/proc/{server}/task")),
+        "threads": len(list(Path(f"/proc/{server}/task").iterdir())),
+        "threads of the child's torch": torch.get_num_threads(),
         "cuda": torch.cuda.is_initialized(),
         "cuda_library": "libcuda.so" in Path(f"/proc/{server}/maps").read_text(),
         "cuda_device": any(
@@ -493,7 +518,7 @@ def train_step() -> float:
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-    return float(loss)
+    return loss.item()
 
 
 @entry

@@ -28,12 +28,42 @@ METHODS = ["forkserver", "spawn"]
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def nothing_left(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     token = uuid.uuid4().hex
     monkeypatch.setenv(entries.TOKEN, token)
     paths = [str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    yield from entries.nothing_is_left(token)
+    # A pool that lives on may hold the socket of the child that ended last.
+    sockets = 1 if "builtin_pool" in request.fixturenames else 0
+    yield from entries.nothing_is_left(token, sockets)
+
+
+def builtin_options(tmp_path: Path) -> PoolOptions:
+    """Return what an array task of the built-in app gives its pool."""
+    from fedhpc import config
+
+    task = ArrayTask.__new__(ArrayTask)
+    document = tmp_path / "config.yaml"
+    document.write_text((HERE.parents[1] / "configs/digits.yaml").read_text())
+    task._config = config.load(document)
+    task._paths = type("Paths", (), {"root": tmp_path})()  # type: ignore[assignment]
+    return task._pool_options()
+
+
+@pytest.fixture(scope="module")
+def builtin_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChildPool]:
+    """Share one pool with the preload of the built-in app, because that takes seconds."""
+    token = uuid.uuid4().hex
+    preload = builtin_options(tmp_path_factory.mktemp("run")).preload
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(entries.TOKEN, token)
+        patch.setenv("PYTHONPATH", str(HERE))
+        leftovers = entries.nothing_is_left(token)
+        next(leftovers)
+        with ChildPool(light(preload=[*preload, "entries"])) as pool:
+            call(pool, "pid", timeout_s=60)
+            yield pool
+        next(leftovers, None)
 
 
 def light(**options: Any) -> PoolOptions:
@@ -122,12 +152,8 @@ def test_a_result_of_the_wrong_type_is_the_functions_failure(entry: str) -> None
 def test_more_result_buffers_than_a_message_holds_are_a_clear_failure() -> None:
     (fd,) = memory(b"300")
     with ChildPool(light()) as pool:
-        try:
-            reply = pool.run("entries:many_buffers", [fd], slot=SLOT, timeout_s=30)
-            assert [read(each) for each in reply.buffers] == [b"%d" % n for n in range(300)]
-            reply.close()
-        except FitFailed as error:
-            assert "300" in str(error)
+        with pytest.raises(FitFailed, match="300"):
+            pool.run("entries:many_buffers", [fd], slot=SLOT, timeout_s=30).close()
         assert call(pool, "add", 1, 2) == 3
     os.close(fd)
 
@@ -136,7 +162,7 @@ def test_more_input_buffers_than_a_message_holds_are_a_clear_failure() -> None:
     fds = memory(*[b""] * 300)
     with ChildPool(light()) as pool:
         called_s = time.monotonic()
-        with pytest.raises(Exception, match="300|[Dd]escriptor|[Bb]uffer"):
+        with pytest.raises(Exception, match=r"300|[Dd]escriptor|[Bb]uffer"):
             pool.run("entries:echo", fds, slot=SLOT, timeout_s=30).close()
         assert time.monotonic() - called_s < 3
         assert call(pool, "add", 1, 2) == 3
@@ -260,18 +286,23 @@ def test_whatever_is_raised_is_a_failure_and_the_pool_works_on(entry: str, messa
 
 def test_an_entry_in_a_module_that_does_not_exist_is_named() -> None:
     with ChildPool(light()) as pool:
-        with pytest.raises(FitFailed, match="ModuleNotFoundError.*no_such_module"):
+        with pytest.raises(FitFailed, match=r"ModuleNotFoundError.*no_such_module"):
             pool.run("no_such_module:run", [], slot=SLOT, timeout_s=30)
         assert call(pool, "add", 1, 2) == 3
 
 
-@pytest.mark.parametrize("length", [100_000, 12_000], ids=["very long", "long"])
-@pytest.mark.parametrize("letter", ["x", "ü", "\N{ROCKET}", "\udcff"], ids=ascii)
+@pytest.mark.parametrize(
+    ("letter", "length"),
+    [("x", 100_000), ("ü", 15_000), ("ü", 100_000), ("\N{ROCKET}", 12_000), ("\udcff", 100_000)],
+    ids=["ascii", "umlauts", "many umlauts", "emoji", "surrogates"],
+)
 def test_a_long_message_in_any_alphabet_arrives(letter: str, length: int) -> None:
     with ChildPool(light()) as pool:
         with pytest.raises(FitFailed) as caught:
             call(pool, "raise_error", letter * length)
-        assert letter * 1000 in caught.value.message
+        assert caught.value.message.startswith(f"ValueError: {letter}")
+        assert letter * 500 in caught.value.message
+        assert "in raise_error" in caught.value.traceback
         assert call(pool, "add", 1, 2) == 3
 
 
@@ -303,24 +334,24 @@ def test_a_death_by_a_real_time_signal_is_reported_too() -> None:
 
 
 @pytest.mark.parametrize("fits", [1, 0])
-@pytest.mark.parametrize("early", [False, True], ids=["in each child", "early"])
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-    ("prepare", "error", "message"),
+    ("method", "early"),
+    [("forkserver", False), ("forkserver", True), ("spawn", False)],
+    ids=["forkserver", "early", "spawn"],
+)
+@pytest.mark.parametrize(
+    ("prepare", "message"),
     [
-        ("entries:refuse", FitFailed, "LookupError: 'cannot prepare 4'|cannot prepare 4"),
-        ("entries:leave_in_prepare", FitFailed, "SystemExit: left with 4"),
-        ("entries:no_such_function", FitFailed, "no_such_function"),
-        ("no_such_module:prepare", FitFailed, "no_such_module"),
-        ("entries:die_in_prepare", FitDied, "exited with code 4"),
+        ("entries:refuse", "LookupError: cannot prepare 4"),
+        ("entries:leave_in_prepare", "SystemExit: left with 4"),
+        ("entries:no_such_function", "no_such_function"),
+        ("no_such_module:prepare", "no_such_module"),
     ],
-    ids=["raises", "exits", "no function", "no module", "dies"],
+    ids=["raises", "exits", "no function", "no module"],
 )
 def test_a_prepare_that_fails_is_told_to_each_caller(
-    prepare: str, error: type[Exception], message: str, method: str, early: bool, fits: int
+    prepare: str, message: str, method: str, early: bool, fits: int
 ) -> None:
-    if early and (method == "spawn" or error is FitDied):
-        pytest.skip("not prepared early, or the fork server itself dies")
     options = light(
         prepare=prepare,
         prepare_arg="4",
@@ -331,7 +362,18 @@ def test_a_prepare_that_fails_is_told_to_each_caller(
     )
     with ChildPool(options) as pool:
         for _ in range(3):
-            with pytest.raises(error, match=message):
+            with pytest.raises(FitFailed, match=message):
+                call(pool, "pid")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_child_that_dies_in_prepare_is_told_to_each_caller(method: str) -> None:
+    options = light(
+        prepare="entries:die_in_prepare", prepare_arg="4", start_method=method, standby=True
+    )
+    with ChildPool(options) as pool:
+        for _ in range(3):
+            with pytest.raises(FitDied, match="exited with code 4"):
                 call(pool, "pid")
 
 
@@ -377,10 +419,29 @@ def test_a_child_may_use_threads_and_processes(
         assert call(pool, entry, *args) == expected
 
 
-def test_a_child_may_use_data_loader_workers() -> None:
-    with ChildPool(light(preload=["torch", "torch.utils.data"], fits_per_process=0)) as pool:
-        assert call(pool, "run_data_loader", 2, timeout_s=60) == sum(range(64))
-        assert call(pool, "run_data_loader", 0) == sum(range(64))
+def test_a_child_may_use_data_loader_workers(builtin_pool: ChildPool) -> None:
+    assert call(builtin_pool, "run_data_loader", 2, timeout_s=60) == sum(range(64))
+    assert call(builtin_pool, "run_data_loader", 0) == sum(range(64))
+
+
+def test_an_error_in_a_data_loader_worker_arrives(builtin_pool: ChildPool) -> None:
+    with pytest.raises(FitFailed, match="a broken sample"):
+        call(builtin_pool, "data_loader_error", timeout_s=60)
+
+
+def test_workers_of_a_data_loader_end_with_a_child_that_hangs(
+    builtin_pool: ChildPool, tmp_path: Path
+) -> None:
+    hanging = entries.Background(
+        call, builtin_pool, "hang_in_data_loader", str(tmp_path / "pid"), timeout_s=3
+    )
+    assert wait_until(lambda: (tmp_path / "pid").exists(), 30)
+    child = int((tmp_path / "pid").read_text())
+    workers = entries.children_of(child)
+    assert len(workers) >= 2
+    with pytest.raises(FitDied, match="no reply within 3 s"):
+        hanging.result(10)
+    assert wait_until(lambda: not any(map(entries.is_alive, [child, *workers])))
 
 
 def test_a_thread_that_never_ends_does_not_keep_the_child() -> None:
@@ -392,44 +453,40 @@ def test_a_thread_that_never_ends_does_not_keep_the_child() -> None:
 # --- threads and imports ---
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize(
-    ("method", "preload"),
-    [("forkserver", ["torch"]), ("forkserver", ["json"]), ("spawn", [])],
-    ids=["torch preloaded", "torch imported late", "spawn"],
-)
-def test_torch_has_threads_per_fit_threads(method: str, preload: list[str], threads: int) -> None:
-    options = light(start_method=method, preload=preload, threads_per_fit=threads)
-    with ChildPool(options) as pool:
+@pytest.mark.parametrize(("method", "threads"), [("forkserver", 2), ("spawn", 1), ("spawn", 2)])
+def test_torch_has_threads_per_fit_threads_where_it_is_not_preloaded(
+    method: str, threads: int
+) -> None:
+    with ChildPool(light(start_method=method, threads_per_fit=threads)) as pool:
         assert call(pool, "torch_threads", timeout_s=60) == threads
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_fork_server_has_one_thread_and_no_cuda_after_its_preload(threads: int) -> None:
+def expected_state(threads: int) -> dict[str, Any]:
+    return {
+        "threads": 1,
+        "threads of the child's torch": threads,
+        "cuda": False,
+        "cuda_library": False,
+        "cuda_device": False,
+    }
+
+
+def test_the_fork_server_has_one_thread_and_no_cuda_after_its_preload(
+    builtin_pool: ChildPool,
+) -> None:
+    assert call(builtin_pool, "fork_server_state", timeout_s=60) == expected_state(1)
+
+
+def test_the_fork_server_has_one_thread_also_if_fits_have_two() -> None:
     preload = [*DEFAULT_PRELOAD, "flwr.clientapp", "fedhpc.federation.fit"]
-    with ChildPool(light(preload=preload, threads_per_fit=threads)) as pool:
-        state = call(pool, "fork_server_state", timeout_s=60)
-    assert state == {"threads": 1, "cuda": False, "cuda_library": False, "cuda_device": False}
+    with ChildPool(light(preload=preload, threads_per_fit=2)) as pool:
+        assert call(pool, "fork_server_state", timeout_s=60) == expected_state(2)
 
 
-def _builtin_options(tmp_path: Path) -> PoolOptions:
-    """Return what an array task of the built-in app gives its pool."""
-    from fedhpc import config
-
-    task = ArrayTask.__new__(ArrayTask)
-    document = tmp_path / "config.yaml"
-    document.write_text((HERE.parents[1] / "configs/digits.yaml").read_text())
-    task._config = config.load(document)
-    task._paths = type("Paths", (), {"root": tmp_path})()  # type: ignore[assignment]
-    return task._pool_options()
-
-
-def test_a_training_step_imports_nothing_after_the_fork(tmp_path: Path) -> None:
-    preload = _builtin_options(tmp_path).preload
-    # The tests' own module is not the product's to preload.
-    with ChildPool(light(preload=[*preload, "entries"], fits_per_process=0)) as pool:
-        reply = call_for_reply(pool, "train_step", timeout_s=60)
-        reply.close()
+def test_a_training_step_imports_nothing_after_the_fork(builtin_pool: ChildPool) -> None:
+    # The preload ends with the tests' own module, which is not the product's to preload.
+    reply = call_for_reply(builtin_pool, "train_step", timeout_s=60)
+    reply.close()
     assert reply.late_imports == []
 
 
@@ -437,8 +494,7 @@ def test_without_dynamo_a_training_step_imports_hundreds_of_modules_after_the_fo
     with ChildPool(light(preload=["numpy", "torch", "entries"])) as pool:
         reply = call_for_reply(pool, "train_step", timeout_s=60)
         reply.close()
-    assert len(reply.late_imports) == 100, "the report is cut at 100"
-    assert any(name.startswith("torch._dynamo") for name in reply.late_imports)
+    assert len(reply.late_imports) == 100  # the report is cut there
 
 
 def test_a_late_import_is_reported_by_name() -> None:
@@ -483,7 +539,7 @@ def test_300_calls_leave_descriptors_and_memory_of_the_caller_flat() -> None:
                 else:
                     assert call(pool, "add", number, 1) == number + 1
             assert wait_until(lambda: len(pool.children()) <= 1)
-            return len(os.listdir("/proc/self/fd")), entries.memory_mb()
+            return len(list(Path("/proc/self/fd").iterdir())), entries.memory_mb()
 
         fds, rss_mb = measure(50)
         fds_later, rss_mb_later = measure(250)
@@ -589,5 +645,3 @@ def test_a_wanted_gpu_that_is_not_there_is_an_error(
 def test_the_cpu_as_device_ignores_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     _visible(monkeypatch, "0,1")
     assert _gpus(find_slots("cpu", 2, cpus=4, threads_per_fit=1)) == ["", ""]
-
-

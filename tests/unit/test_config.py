@@ -39,7 +39,7 @@ def reload(tmp_path: Path, resolved: Config) -> Config:
     return config.load(file)
 
 
-# --- defaults ----------------------------------------------------------------------------------------
+# --- defaults -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "---\n", "{}"])
@@ -75,7 +75,7 @@ def test_the_configs_of_the_repository_begin_with_their_command(file: Path) -> N
     assert f"python -m fedhpc.submit configs/{file.name}" in first
 
 
-# --- merging -----------------------------------------------------------------------------------------
+# --- merging --------------------------------------------------------------------------------------
 
 
 def test_the_site_goes_over_the_file_and_set_over_both(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_set_reads_yaml_values_and_keeps_later_equals_signs(tmp_path: Path) -> N
     assert loaded.cluster.constraint == "a=b"
 
 
-# --- YAML --------------------------------------------------------------------------------------------
+# --- YAML -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_the_same_key_in_two_sections_is_no_duplicate(tmp_path: Path) -> None:
     assert (loaded.name, loaded.model.name, loaded.data.name) == ("a", "a", "mnist")
 
 
-# --- what is wrong -----------------------------------------------------------------------------------
+# --- what is wrong --------------------------------------------------------------------------------
 
 
 def test_all_problems_are_told_at_once(tmp_path: Path) -> None:
@@ -273,7 +273,12 @@ def test_a_problem_begins_with_the_whole_path_of_its_key(
 @pytest.mark.parametrize("value", ["true", "'7200'"])
 @pytest.mark.parametrize(
     "key",
-    ["cluster.liveness_timeout_s", "cluster.state_mb", "cluster.time_min", "cluster.clients.mem_gb"],
+    [
+        "cluster.liveness_timeout_s",
+        "cluster.state_mb",
+        "cluster.time_min",
+        "cluster.clients.mem_gb",
+    ],
 )
 def test_neither_true_nor_a_quoted_text_is_taken_for_a_number(
     tmp_path: Path, key: str, value: str
@@ -282,7 +287,7 @@ def test_neither_true_nor_a_quoted_text_is_taken_for_a_number(
     assert problem.startswith(f"{key}: expected ")
 
 
-# --- writing back ------------------------------------------------------------------------------------
+# --- writing back ---------------------------------------------------------------------------------
 
 
 def everything() -> Config:
@@ -377,7 +382,7 @@ def test_a_home_folder_is_written_out(tmp_path: Path, monkeypatch: pytest.Monkey
     assert resolved["data"]["source"] == f"{tmp_path}{os.sep}files"
 
 
-# --- the documented defaults -------------------------------------------------------------------------
+# --- the documented defaults ----------------------------------------------------------------------
 
 
 def test_the_schema_reads_back_as_the_defaults(tmp_path: Path) -> None:

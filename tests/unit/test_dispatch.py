@@ -377,7 +377,7 @@ def test_a_stall_gives_nobody_more_than_a_whole_timeout_of_patience() -> None:
     assert [action.link for action in found if isinstance(action, Drop)] == [1]
 
 
-# --- everything at random --------------------------------------------------------------------------
+# --- everything at random -------------------------------------------------------------------------
 
 
 class Behaviour(RuleBasedStateMachine):
@@ -445,6 +445,7 @@ class Behaviour(RuleBasedStateMachine):
             if self.placement == "pinned":
                 assert self.client_of[action.message_id] % self.ARRAY_TASKS == array_task
             assert self.most_connected >= 2, "work starts with min_array_tasks"
+            assert self.losses[action.message_id] < self.MAX_LOSSES, "lost too often"
             self.has[action.link].add(action.message_id)
             self.kept[array_task].add(action.message_id)
 
@@ -589,7 +590,7 @@ class Behaviour(RuleBasedStateMachine):
 
     @rule(read_first=st.booleans())
     def stall(self, read_first: bool) -> None:
-        """Stop the server itself for long; what everybody said meanwhile is read before or after."""
+        """Stop the server itself for long; what was said meanwhile is read before or after."""
         self.now_s += 10 * LIVENESS_S
         before = set(self.slots)
         if read_first:
@@ -624,6 +625,12 @@ class Behaviour(RuleBasedStateMachine):
         with_somebody = set().union(*self.has.values()) if self.has else set()
         assert with_somebody <= self.open
         assert self.dispatch.running == len(with_somebody)
+
+    @invariant()
+    def a_message_that_was_lost_too_often_is_not_tried_again(self) -> None:
+        running = set().union(*self.has.values()) if self.has else set()
+        waiting = self.open - running
+        assert all(self.losses[message_id] < self.MAX_LOSSES for message_id in waiting)
 
     @invariant()
     def no_message_waits_while_a_slot_that_may_take_it_is_free(self) -> None:

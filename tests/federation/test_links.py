@@ -1,0 +1,309 @@
+"""The gRPC links: who is let in, and that nobody can hold up the others."""
+
+import queue
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+
+from fedhpc.errors import PlatformError
+from fedhpc.federation import certificates, compat, grid_pb2, link
+from fedhpc.federation.dispatch import Dispatch
+from fedhpc.federation.link import LinkClient
+from fedhpc.federation.link_server import LinkOptions, LinkServer
+from fedhpc.federation.payload import Blob, Packed
+from fedhpc.federation.transport import Request
+from fedhpc.paths import RunPaths
+
+SLOTS = 2
+LIVENESS_S = 1.0
+
+
+class Service:
+    """A link server with its certificates."""
+
+    def __init__(self, folder: Path, **options: float) -> None:
+        self.paths = RunPaths(folder / "run")
+        self.paths.blobs.mkdir(parents=True)
+        certificates.create(self.paths.secrets)
+        compat.set_identity("run")
+        settings = {"array_task_timeout_s": 30.0, "liveness_timeout_s": LIVENESS_S, **options}
+        self.links = LinkServer(
+            Dispatch(array_tasks=2, liveness_timeout_s=settings["liveness_timeout_s"]),
+            LinkOptions("run", 1, inline_bytes=10_000_000, **settings),
+            self.paths,
+            certificates.server_credentials(self.paths.secrets),
+        )
+        self.port = self.links.start("127.0.0.1")
+        self.address = f"127.0.0.1:{self.port}"
+
+    def client(self, array_task: int = 0, **more: object) -> "Peer":
+        hello = grid_pb2.Hello(run_id="run", array_task=array_task, slots=SLOTS)
+        hello.MergeFrom(grid_pb2.Hello(**more))
+        credentials = certificates.client_credentials(self.paths.secrets)
+        return Peer(LinkClient(self.address, credentials, hello, 3 * LIVENESS_S))
+
+    def send(self, *message_ids: str, blob: Blob | None = None) -> None:
+        packed = Packed(grid_pb2.Payload(message=b"work"), [blob] if blob else [])
+        self.links.send([Request(message_id, 0, packed) for message_id in message_ids])
+
+
+class Peer:
+    """An array task by hand: events arrive in a queue."""
+
+    def __init__(self, client: LinkClient) -> None:
+        self.client = client
+        self.events: queue.Queue[grid_pb2.ToArrayTask | Exception] = queue.Queue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        try:
+            for event in self.client.events():
+                self.events.put(event)
+        except PlatformError as error:
+            self.events.put(error)
+
+    def next(self, kind: str, timeout_s: float = 10.0) -> grid_pb2.ToArrayTask:
+        """Return the next event of a kind; those before it are passed over."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            event = self.events.get(timeout=max(0.01, deadline_s - time.monotonic()))
+            if isinstance(event, Exception):
+                raise event
+            if event.HasField(kind):
+                return event
+
+    def answer(self, message_id: str, payload: bytes = b"") -> None:
+        result = grid_pb2.Result(message_id=message_id, payload=payload)
+        self.client.send([grid_pb2.FromArrayTask(result=result)])
+
+
+@pytest.fixture
+def service(tmp_path: Path) -> Iterator[Service]:
+    service = Service(tmp_path)
+    yield service
+    service.links.finish("test over")
+
+
+def _try_to_connect(channel: grpc.Channel) -> grpc.StatusCode:
+    connect = channel.stream_stream(
+        link.METHOD,
+        request_serializer=grid_pb2.FromArrayTask.SerializeToString,
+        response_deserializer=grid_pb2.ToArrayTask.FromString,
+    )
+    hello = grid_pb2.FromArrayTask(hello=grid_pb2.Hello(run_id="run", slots=1))
+    with pytest.raises(grpc.RpcError) as caught:
+        next(connect(iter([hello]), timeout=10))
+    code: grpc.StatusCode = caught.value.code()
+    return code
+
+
+NAME = [("grpc.ssl_target_name_override", certificates.SERVER_NAME)]
+
+
+def test_a_peer_without_a_certificate_is_refused(service: Service) -> None:
+    ca = (service.paths.secrets / "ca.crt").read_bytes()
+    with grpc.secure_channel(service.address, grpc.ssl_channel_credentials(ca), NAME) as channel:
+        assert _try_to_connect(channel) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_peer_with_the_certificate_of_another_run_is_refused(
+    service: Service, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    certificates.create(other)
+    key, certificate = ((other / name).read_bytes() for name in ("client.key", "client.crt"))
+    ca = (service.paths.secrets / "ca.crt").read_bytes()  # it even trusts our server
+    credentials = grpc.ssl_channel_credentials(ca, key, certificate)
+    with grpc.secure_channel(service.address, credentials, NAME) as channel:
+        assert _try_to_connect(channel) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_peer_without_tls_is_refused(service: Service) -> None:
+    with grpc.insecure_channel(service.address) as channel:
+        assert _try_to_connect(channel) is grpc.StatusCode.UNAVAILABLE
+
+
+def test_an_array_task_refuses_a_server_of_another_run(service: Service, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    certificates.create(other)
+    hello = grid_pb2.Hello(run_id="run", slots=1)
+    client = LinkClient(service.address, certificates.client_credentials(other), hello, 10.0)
+    with pytest.raises(PlatformError, match="UNAVAILABLE"):
+        list(client.events())
+    client.close()
+
+
+def test_no_socket_but_the_links_listens(service: Service) -> None:
+    tables = [Path("/proc/self/net") / name for name in ("tcp", "tcp6")]
+    rows = [line.split() for table in tables for line in table.read_text().splitlines()[1:]]
+    inodes = {row[9]: int(row[1].split(":")[1], 16) for row in rows if row[3] == "0A"}
+    mine = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        try:
+            target = str(entry.readlink())
+        except OSError:
+            continue
+        if target.startswith("socket:["):
+            mine |= {inodes[inode] for inode in inodes if target == f"socket:[{inode}]"}
+    assert mine == {service.port}
+
+
+def test_a_peer_of_another_run_id_is_told_so(service: Service) -> None:
+    peer = service.client(run_id="another")
+    with pytest.raises(PlatformError, match="this is run run, not another"):
+        peer.next("welcome")
+
+
+def test_work_goes_out_and_the_result_comes_back_once(service: Service) -> None:
+    peer = service.client()
+    peer.next("welcome")
+    service.send("a")
+    assert peer.next("work").work.message_id == "a"
+    payload = grid_pb2.Payload(message=b"reply").SerializeToString()
+    peer.answer("a", payload)
+    (response,) = service.links.receive(["a"], 5)
+    assert response.payload is not None
+    assert response.payload.message == b"reply"
+    assert peer.next("accepted").accepted.message_id == "a"
+    peer.answer("a", payload)  # again: accepted politely, not answered again
+    assert peer.next("accepted").accepted.message_id == "a"
+    assert service.links.receive(["a"], 0.2) == []
+
+
+def test_the_common_arrays_are_sent_once_and_released_when_others_come(service: Service) -> None:
+    peer = service.client()
+    peer.next("welcome")
+    blob = Blob("d1", 5_000_000, [b"x" * 5_000_000])
+    service.send("a", "b", blob=blob)
+    received = 0
+    while True:
+        event = peer.events.get(timeout=10)
+        assert not isinstance(event, Exception)
+        if event.HasField("chunk"):
+            assert event.chunk.offset == received
+            received += len(event.chunk.data)
+        elif event.HasField("work") and event.work.message_id == "b":
+            break
+    assert received == blob.size
+    peer.answer("a")
+    peer.answer("b")
+    while len(service.links.receive(["a", "b"], 5)) == 0:
+        pass
+    time.sleep(0.2)
+    service.send("c", blob=Blob("d2", 3, [b"abc"]))
+    assert peer.next("release").release.digests == ["d1"]
+
+
+def test_a_peer_that_reads_nothing_stalls_nobody_and_is_dropped(service: Service) -> None:
+    stalled = socket.create_connection(("127.0.0.1", service.port))  # never even says hello
+    silent = _SilentPeer(service)
+    healthy = service.client(array_task=1)
+    healthy.next("welcome")
+    messages = [f"m{number}" for number in range(6)]
+    service.send(*messages, blob=Blob("big", 9_000_000, [b"y" * 9_000_000]))
+    answered: set[str] = set()
+    deadline_s = time.monotonic() + 10 * LIVENESS_S
+    while len(answered) < len(messages):
+        assert time.monotonic() < deadline_s, answered
+        message_id = healthy.next("work").work.message_id
+        healthy.answer(message_id)
+        answered.add(message_id)
+    assert answered == set(messages)
+    silent.close()
+    stalled.close()
+
+
+class _SilentPeer:
+    """Connects, and then neither reads nor beats."""
+
+    def __init__(self, service: Service) -> None:
+        credentials = certificates.client_credentials(service.paths.secrets)
+        self._channel = grpc.secure_channel(service.address, credentials, NAME)
+        connect = self._channel.stream_stream(
+            link.METHOD,
+            request_serializer=grid_pb2.FromArrayTask.SerializeToString,
+            response_deserializer=grid_pb2.ToArrayTask.FromString,
+        )
+        hello = grid_pb2.Hello(run_id="run", array_task=0, slots=SLOTS)
+        self._ended = threading.Event()
+
+        def requests() -> Iterator[grid_pb2.FromArrayTask]:
+            yield grid_pb2.FromArrayTask(hello=hello)
+            self._ended.wait(60)
+
+        self._call = connect(requests())
+        next(self._call)  # the welcome
+
+    def close(self) -> None:
+        self._ended.set()
+        self._call.cancel()
+        self._channel.close()
+
+
+def test_a_lost_array_tasks_fits_go_to_another_at_once(service: Service) -> None:
+    first = service.client(array_task=0)
+    first.next("welcome")
+    service.send("a", "b")
+    assert {first.next("work").work.message_id for _ in range(2)} == {"a", "b"}
+    second = service.client(array_task=1)
+    second.next("welcome")
+    lost_s = time.monotonic()
+    first.client.close()
+    assert {second.next("work").work.message_id for _ in range(2)} == {"a", "b"}
+    assert time.monotonic() - lost_s < LIVENESS_S
+
+
+def test_an_array_task_that_comes_back_keeps_what_it_holds(service: Service) -> None:
+    first = service.client()
+    first.next("welcome")
+    service.send("a")
+    first.next("work")
+    first.client.close()
+    again = service.client(held=["a", "long-gone"])
+    assert again.next("cancel").cancel.message_id == "long-gone"
+    again.answer("a")
+    assert [response.message_id for response in service.links.receive(["a"], 5)] == ["a"]
+
+
+def test_a_withdrawn_message_is_cancelled(service: Service) -> None:
+    peer = service.client()
+    peer.next("welcome")
+    service.send("a")
+    peer.next("work")
+    service.links.withdraw(["a"])
+    assert peer.next("cancel").cancel.message_id == "a"
+    peer.answer("a")
+    assert service.links.receive(["a"], 0.3) == []
+
+
+def test_the_server_fails_clearly_when_nobody_comes(tmp_path: Path) -> None:
+    service = Service(tmp_path, array_task_timeout_s=0.5)
+    service.send("a")
+    with pytest.raises(PlatformError, match="no work could start"):
+        service.links.receive(["a"], 20)
+    service.links.finish("over")
+
+
+def test_everybody_is_told_when_the_run_ends(service: Service) -> None:
+    peer = service.client()
+    peer.next("welcome")
+    service.links.finish("finished", timeout_s=2)
+    assert peer.next("finish").finish.reason == "finished"
+
+
+def test_an_array_task_notices_a_server_that_falls_silent(tmp_path: Path) -> None:
+    service = Service(tmp_path, liveness_timeout_s=3600)  # it beats every 12 minutes
+    credentials = certificates.client_credentials(service.paths.secrets)
+    hello = grid_pb2.Hello(run_id="run", slots=1)
+    client = LinkClient(service.address, credentials, hello, 1.0)
+    start_s = time.monotonic()
+    with pytest.raises(PlatformError, match="the server was silent"):
+        list(client.events())
+    assert time.monotonic() - start_s < 5
+    client.close()
+    service.links.finish("over", timeout_s=1)
