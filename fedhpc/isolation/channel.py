@@ -6,6 +6,7 @@ name, so nothing is left behind whoever dies, and which both sides map without a
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import mmap
@@ -45,11 +46,14 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
         If the socket has a timeout and nothing came within it.
     """
     try:
-        data, fds, _, _ = socket.recv_fds(sock, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        data, fds, flags, _ = socket.recv_fds(sock, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
     except ConnectionError:
         return None
     if not data:
         return None
+    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+        close_all(fds)
+        raise OSError(errno.EMFILE, "no file descriptor is left for a buffer")
     return json.loads(data), list(fds)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import json
 import os
 import resource
 import socket
@@ -13,7 +14,10 @@ from typing import Any
 
 from fedhpc.isolation import channel
 
-_MAX_TRACEBACK = 32 * 1024
+# Bytes as JSON; together with the rest they must fit into channel.MAX_MESSAGE.
+_MAX_ERROR = 16 * 1024
+_MAX_TRACEBACK = 64 * 1024
+_MAX_LATE_IMPORTS = 100
 
 
 def main() -> None:
@@ -67,13 +71,14 @@ def serve(sock: socket.socket, options: dict[str, Any]) -> None:
         call, fds = received
         done += 1
         reply, reply_fds = _answer(call, fds) if failure is None else (failure, [])
-        reply["late_imports"] = sorted(set(sys.modules) - imported_at_start)[:100]
+        late = [name for name in sys.modules if name not in imported_at_start]
+        reply["late_imports"] = late[:_MAX_LATE_IMPORTS]
         reply["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         last = done == options["fits"] or failure is not None
         reply["last"] = last
         try:
             channel.send(sock, reply, reply_fds)
-        except OSError:
+        except ConnectionError:
             return
         finally:
             channel.close_all(reply_fds)
@@ -99,6 +104,11 @@ def _answer(call: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[
         returned_s = time.monotonic()
         for parts in results:
             reply_fds.append(channel.write_memory(parts))
+        if len(reply_fds) > channel.MAX_FDS:
+            raise ValueError(
+                f"{call['entry']} returned {len(reply_fds)} buffers,"
+                f" expected at most {channel.MAX_FDS}"
+            )
     except BaseException as error:
         channel.close_all(reply_fds)
         return _describe(error), []
@@ -108,7 +118,15 @@ def _answer(call: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[
 def _describe(error: BaseException) -> dict[str, Any]:
     text = "".join(traceback.format_exception(error))
     message = "".join(traceback.format_exception_only(error)).strip()
-    return {"error": message[-_MAX_TRACEBACK // 4 :], "traceback": text[-_MAX_TRACEBACK:]}
+    return {"error": _clip(message, _MAX_ERROR), "traceback": _clip(text, _MAX_TRACEBACK)}
+
+
+def _clip(text: str, limit: int) -> str:
+    """Shorten a text to ``limit`` bytes of JSON; type and end of an error are what counts."""
+    while (size := len(json.dumps(text))) > limit:
+        keep = len(text) * limit // size // 2 - 8
+        text = f"{text[:keep]} [...] {text[-keep:]}"
+    return text
 
 
 def resolve(reference: str) -> Callable[..., Any]:

@@ -15,6 +15,7 @@ import ctypes
 import gc
 import importlib
 import os
+import select
 import selectors
 import signal
 import socket
@@ -60,8 +61,12 @@ class ForkServer:
         """Serve until the array task closes its end."""
         self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if not self._preload():
-            return
+        # An import may take long: look now and then whether anybody waits for it.
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(1) if self._abandoned() else None)
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
+        self._preload()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -83,19 +88,17 @@ class ForkServer:
         finally:
             self._kill_everything()
 
-    def _preload(self) -> bool:
+    def _preload(self) -> None:
         for name in self._options["preload"]:
-            if self._abandoned():
-                return False
             # A module that cannot be imported fails in the child too, with the right traceback.
-            with contextlib.suppress(ImportError):
+            with contextlib.suppress(Exception, SystemExit):
                 importlib.import_module(name)
         torch = sys.modules.get("torch")
         if torch is not None:
             torch.set_num_threads(1)  # what runs here must not start a pool of threads
         if self._options["prepare_early"]:
             # If it fails, each child tries again and tells its caller why.
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception, SystemExit):
                 child.prepare(self._options["child"])
                 self._options["child"]["prepare"] = None
         if torch is not None:
@@ -103,16 +106,12 @@ class ForkServer:
         # Children must not write to pages of objects they only share with this process.
         gc.collect()
         gc.freeze()
-        channel.send(self._control, {"event": "ready"})
-        return True
 
     def _abandoned(self) -> bool:
-        try:
-            return self._control.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT) == b""
-        except BlockingIOError:
-            return False
-        except ConnectionError:
-            return True
+        # Not a peek: requests may be queued before the end.
+        poller = select.poll()
+        poller.register(self._control, 0)
+        return any(event & select.POLLHUP for _, event in poller.poll(0))
 
     def _handle_request(self) -> bool:
         received = channel.receive(self._control)
@@ -120,12 +119,20 @@ class ForkServer:
             return False
         message, fds = received
         if message["request"] == "start":
-            pid = self._start_child(fds[0])
-            self._live[pid] = message["number"]
+            try:
+                pid = self._start_child(fds[0])
+                self._live[pid] = message["number"]
+                channel.send(
+                    self._control, {"event": "started", "number": message["number"], "pid": pid}
+                )
+            except ConnectionError:
+                return False
+            except OSError:  # no process to be had: this call fails, the others go on
+                sys.excepthook(*sys.exc_info())
+                channel.send(
+                    self._control, {"event": "exited", "number": message["number"], "code": 1}
+                )
             channel.close_all(fds)
-            channel.send(
-                self._control, {"event": "started", "number": message["number"], "pid": pid}
-            )
         elif message["request"] == "kill":
             for pid, number in self._live.items():
                 if number == message["number"]:
@@ -181,8 +188,8 @@ class ForkServer:
             if number is not None:
                 _kill_group(info.si_pid)
             _, status = os.waitpid(info.si_pid, 0)
+            self._kill_orphans()  # also after an orphan: its own children are ours now
             if number is not None:
-                self._kill_orphans()
                 code = os.waitstatus_to_exitcode(status)
                 channel.send(self._control, {"event": "exited", "number": number, "code": code})
 

@@ -1,12 +1,10 @@
-"""A pool of child processes: the array task's side of the fork server."""
+"""A pool of child processes: calls in, replies out, each call in a slot."""
 
 import contextlib
 import logging
 import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterable, Sequence
@@ -16,6 +14,7 @@ from typing import Any, Literal, Self
 
 from fedhpc.errors import FitDied, FitFailed, PlatformError
 from fedhpc.isolation import channel
+from fedhpc.isolation.launcher import Launcher
 from fedhpc.isolation.slots import Slot
 
 logger = logging.getLogger(__name__)
@@ -23,6 +22,7 @@ logger = logging.getLogger(__name__)
 # Without torch._dynamo each child pays 1.1 s at its first optimizer step.
 DEFAULT_PRELOAD = ("numpy", "torch", "torch._dynamo", "torch.optim")
 _EXIT_TIMEOUT_S = 5.0
+_START_TRIES = 5
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,35 @@ class PoolOptions:
     prepare_arg: str = ""
     prepare_early: bool = False
 
-    def child_options(self) -> dict[str, Any]:
+    def for_child(self) -> dict[str, Any]:
         """Return what each child is told."""
         return {
             "prepare": self.prepare,
             "prepare_arg": self.prepare_arg,
             "fits": self.fits_per_process,
             "threads": self.threads_per_fit,
+        }
+
+    def for_fork_server(self) -> dict[str, Any]:
+        """Return what the fork server is told."""
+        spawn = self.start_method == "spawn"
+        return {
+            "preload": [] if spawn else list(self.preload),
+            "spawn": spawn,
+            "prepare_early": self.prepare_early and not spawn,
+            "child": self.for_child(),
+        }
+
+    def env(self) -> dict[str, str]:
+        """Return the environment of the fork server and its children."""
+        threads = str(self.threads_per_fit)
+        return {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": threads,
+            "PYTHONHASHSEED": "0",  # the order of sets is the same in every array task
+            # torch.cuda.is_available() at an app's import then asks NVML and makes no context.
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
 
 
@@ -81,7 +103,7 @@ class Reply:
     peak_rss_mb : float
         Highest resident memory of the child, shared pages of the fork server included.
     late_imports : list of str
-        Modules (the first 100) that the child had to import itself.
+        Modules (the first 100) that the child had to import itself, in their order.
     """
 
     buffers: list[int]
@@ -100,9 +122,11 @@ class Reply:
 @dataclass(eq=False)
 class _Child:
     number: int
+    generation: int  # of the fork server
     sock: socket.socket
-    tag: str = ""
     pid: int | None = None
+    tag: str = ""
+    doomed: bool = False
     exit_code: int | None = None
     exited: threading.Event = field(default_factory=threading.Event)
 
@@ -131,9 +155,9 @@ class ChildPool:
         self._ready: list[_Child] = []
         self._kept: dict[int, _Child] = {}  # by slot
         self._numbers = 0
+        self._generation = 0
         self._closed = False
-        self._server: subprocess.Popen[bytes] | None = None
-        self._control: socket.socket | None = None
+        self._launcher: Launcher | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -150,9 +174,15 @@ class ChildPool:
     def start(self) -> None:
         """Start the fork server. It preloads in the background; the first call waits for it."""
         with self._lock:
-            self._ensure_server()
+            self._ensure_launcher()
 
-    # --- calls ---
+    def close(self) -> None:
+        """End the fork server and every child; returns when they are gone."""
+        with self._lock:
+            self._closed = True
+            launcher, self._launcher = self._launcher, None
+        if launcher is not None:
+            launcher.close()
 
     def run(
         self,
@@ -169,9 +199,9 @@ class ChildPool:
         ----------
         entry : str
             "module:function". It is called with one memoryview a buffer, and returns a sequence of
-            buffers, each a sequence of bytes-like parts.
+            at most 250 buffers, each a sequence of bytes-like parts.
         buffers : iterable of int
-            Descriptors of memfds or files; the caller keeps and closes them.
+            Descriptors of at most 250 memfds or files; the caller keeps and closes them.
         slot : Slot
             Where it runs. One call at a time in each slot.
         timeout_s : float
@@ -185,37 +215,29 @@ class ChildPool:
             If the function raised; with the child's traceback.
         FitDied
             If the child ended without a reply, or passed the deadline.
+        PlatformError
+            If the pool is closed, or no child could be started.
         """
         called_s = time.monotonic()
-        child = self._take(slot)
-        child.tag = tag
+        buffers = list(buffers)
+        _check_buffers(buffers)
+        child = self._take(slot, tag)
         try:
             if self._options.standby:
                 self._prepare_successor()
-            try:
-                channel.send(child.sock, {"entry": entry, "env": slot.env}, list(buffers))
-                child.sock.settimeout(timeout_s)
-                received = channel.receive(child.sock)
-            except TimeoutError:
-                self._kill(child)
-                raise FitDied(
-                    f"no reply within {timeout_s:g} s; the child and its descendants were killed",
-                    "raise isolation.fit_timeout_s, or look for a hang in the app",
-                ) from None
-            except OSError:
-                received = None
+            received = self._exchange(child, entry, slot, buffers, timeout_s)
         except BaseException:
-            self._forget(child)
+            # Not waited for: whoever interrupts the caller must not wait for the child.
+            child.doomed = True
+            self._ask_to_kill(child)
             raise
         if received is None:
-            self._forget(child)
             raise self._death(child)
         reply, fds = received
-        child.tag = ""
-        if reply["last"]:
-            self._forget(child)
-        else:
-            self._kept[slot.index] = child
+        with self._lock:
+            child.tag = ""
+            if not (reply["last"] or child.doomed):
+                self._kept[slot.index] = child
         if "error" in reply:
             raise FitFailed(reply["error"], reply["traceback"])
         return Reply(
@@ -227,45 +249,87 @@ class ChildPool:
             late_imports=reply["late_imports"],
         )
 
+    def cancel(self, tag: str) -> None:
+        """Kill the children of calls with this tag; the calls raise `FitDied`."""
+        with self._lock:
+            children = [child for child in self._live.values() if tag and child.tag == tag]
+            for child in children:
+                child.doomed = True
+        for child in children:
+            self._ask_to_kill(child)
+
     def children(self) -> list[int]:
         """Return the pids of the live children."""
         with self._lock:
             return [child.pid for child in self._live.values() if child.pid is not None]
 
-    def cancel(self, tag: str) -> None:
-        """Kill the children of calls with this tag; the calls raise `FitDied`."""
-        with self._lock:
-            children = [child for child in self._live.values() if child.tag == tag]
-        for child in children:
-            self._kill(child)
+    # --- calls ---
 
-    def close(self) -> None:
-        """End the fork server and every child, at most a few seconds later."""
-        with self._lock:
-            self._closed = True
-            server, control = self._server, self._control
-            self._server = self._control = None
-        if control is not None:
-            with contextlib.suppress(OSError):
-                control.shutdown(socket.SHUT_RDWR)  # the fork server kills all and leaves
-        if server is not None:
-            try:
-                server.wait(_EXIT_TIMEOUT_S)
-            except subprocess.TimeoutExpired:
-                self._kill_server(server)
+    def _exchange(
+        self, child: _Child, entry: str, slot: Slot, buffers: list[int], timeout_s: float
+    ) -> tuple[dict[str, Any], list[int]] | None:
+        """Send a call and wait for its reply; None if the child is gone."""
+        try:
+            channel.send(child.sock, {"entry": entry, "env": slot.env}, buffers)
+            child.sock.settimeout(timeout_s)
+            return channel.receive(child.sock)
+        except ConnectionError:
+            return None
+        except TimeoutError:
+            self._ask_to_kill(child)
+            child.exited.wait(_EXIT_TIMEOUT_S)
+            raise FitDied(
+                f"no reply within {timeout_s:g} s; the child and its descendants were killed",
+                "raise isolation.fit_timeout_s, or look for a hang in the app",
+            ) from None
+        except OSError as error:
+            if child.exited.is_set():
+                return None
+            raise PlatformError(f"the channel to a child failed: {error.strerror}") from error
+
+    def _death(self, child: _Child) -> FitDied:
+        if not child.exited.wait(1.0):
+            self._ask_to_kill(child)
+            child.exited.wait(_EXIT_TIMEOUT_S)
+            return FitDied(
+                "the child closed its channel and lived on; it was killed",
+                "does the app close descriptors that are not its own?",
+            )
+        code = child.exit_code
+        if code is None:
+            return FitDied("the fork server ended, and the child with it", "see its log")
+        if code >= 0:
+            return FitDied(
+                f"the child exited with code {code} before it replied",
+                "does the app call exit()? its output is in the array task's log",
+            )
+        hints = {
+            signal.SIGKILL: "often the kernel's out-of-memory killer: raise cluster.mem_gb,"
+            " or lower isolation.slots",
+            signal.SIGSEGV: "a crash in native code; try isolation.start_method: spawn",
+        }
+        try:
+            known = signal.Signals(-code)
+        except ValueError:  # a real-time signal
+            return FitDied(f"the child was killed by signal {-code}")
+        return FitDied(f"the child was killed by {known.name}", hints.get(known))
 
     # --- children ---
 
-    def _take(self, slot: Slot) -> _Child:
-        kept = self._kept.pop(slot.index, None)
-        if kept is not None and not kept.exited.is_set():
-            return kept
+    def _take(self, slot: Slot, tag: str) -> _Child:
+        """Return a child for a call: the slot's own, one that stands by, or a new one."""
         with self._lock:
-            while self._ready:
-                child = self._ready.pop(0)
-                if not child.exited.is_set():
-                    return child
-            return self._start_child()
+            if self._closed:
+                raise PlatformError("the pool of children is closed")
+            kept = self._kept.pop(slot.index, None)
+            candidates = [*([kept] if kept else []), *self._ready]
+            child = next((child for child in candidates if not child.exited.is_set()), None)
+            if child is None:
+                child = self._start_child()
+            elif child in self._ready:
+                self._ready.remove(child)
+            child.tag = tag
+            return child
 
     def _prepare_successor(self) -> None:
         """Start the child that will follow one of those that work now."""
@@ -279,127 +343,80 @@ class ChildPool:
 
     def _start_child(self) -> _Child:
         """Ask the fork server for a child; the lock is held."""
-        control = self._ensure_server()
-        ours, theirs = channel.pair()
-        self._numbers += 1
-        child = _Child(self._numbers, ours)
-        self._live[child.number] = child
-        try:
-            channel.send(control, {"request": "start", "number": child.number}, [theirs.fileno()])
-            if self._options.start_method == "spawn":
-                channel.send(ours, self._options.child_options())
-        except OSError as error:
-            child.end(None)
-            del self._live[child.number]
-            raise PlatformError(f"the fork server is gone: {error.strerror}") from error
-        finally:
-            theirs.close()
-        return child
+        for _ in range(_START_TRIES):
+            launcher = self._ensure_launcher()
+            ours, theirs = channel.pair()
+            self._numbers += 1
+            child = _Child(self._numbers, self._generation, ours)
+            with theirs:
+                try:
+                    launcher.start_child(child.number, theirs)
+                    if self._options.start_method == "spawn":
+                        channel.send(ours, self._options.for_child())
+                except ConnectionError:
+                    ours.close()
+                    self._launcher = None  # it just died: the next try starts another
+                    continue
+            self._live[child.number] = child
+            return child
+        raise PlatformError(
+            f"no child could be started in {_START_TRIES} tries: the fork server dies",
+            "its output is in this process's log",
+        )
 
-    def _kill(self, child: _Child) -> None:
+    def _ask_to_kill(self, child: _Child) -> None:
         with self._lock:
-            control = self._control
-            if control is not None:
-                with contextlib.suppress(OSError):
-                    channel.send(control, {"request": "kill", "number": child.number})
-        child.exited.wait(_EXIT_TIMEOUT_S)
-
-    def _forget(self, child: _Child) -> None:
-        with self._lock:
-            if child in self._ready:
-                self._ready.remove(child)
-
-    def _death(self, child: _Child) -> FitDied:
-        child.exited.wait(_EXIT_TIMEOUT_S)
-        code = child.exit_code
-        if code is None:
-            return FitDied("the fork server ended, and the child with it", "see its log")
-        if code >= 0:
-            return FitDied(
-                f"the child exited with code {code} before it replied",
-                "does the app call exit()? its output is in the array task's log",
-            )
-        name = signal.Signals(-code).name
-        hints = {
-            signal.SIGKILL: "often the kernel's out-of-memory killer: raise cluster.mem_gb,"
-            " or lower isolation.slots",
-            signal.SIGSEGV: "a crash in native code; try isolation.start_method: spawn",
-        }
-        return FitDied(f"the child was killed by {name}", hints.get(signal.Signals(-code)))
+            if self._launcher is not None:
+                self._launcher.kill_child(child.number)
 
     # --- the fork server ---
 
-    def _ensure_server(self) -> socket.socket:
-        """Return the control socket of a running fork server; the lock is held."""
+    def _ensure_launcher(self) -> Launcher:
+        """Return a launcher whose fork server is believed to live; the lock is held."""
         if self._closed:
             raise PlatformError("the pool of children is closed")
-        if self._control is not None:
-            return self._control
-        ours, theirs = channel.pair()
-        options = self._options
-        spawn = options.start_method == "spawn"
-        env = dict(os.environ)
-        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
-            env[name] = str(options.threads_per_fit)
-        env["PYTHONHASHSEED"] = "0"  # the order of sets is the same in every array task
-        # torch.cuda.is_available() at an app's import then asks NVML and makes no CUDA context.
-        env["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
-        with theirs:
-            self._server = subprocess.Popen(
-                [sys.executable, "-m", "fedhpc.isolation.forkserver", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
-                env=env,
-                start_new_session=True,  # a Ctrl-C in the terminal is the array task's to handle
+        if self._launcher is None:
+            self._generation = generation = self._generation + 1
+            self._launcher = Launcher(
+                self._options.for_fork_server(),
+                self._options.env(),
+                self._note,
+                lambda: self._note_end(generation),
             )
-        channel.send(
-            ours,
-            {
-                "preload": [] if spawn else list(options.preload),
-                "spawn": spawn,
-                "prepare_early": options.prepare_early and not spawn,
-                "child": options.child_options(),
-            },
-        )
-        self._control = ours
-        threading.Thread(
-            target=self._watch_server, args=(ours, self._server), name="fork-server", daemon=True
-        ).start()
-        return ours
+        return self._launcher
 
-    def _watch_server(self, control: socket.socket, server: subprocess.Popen[bytes]) -> None:
-        """Note which children started and ended, until the fork server is gone."""
-        while (received := channel.receive(control)) is not None:
-            message = received[0]
-            with self._lock:
-                child = self._live.get(message.get("number", -1))
-                if child is None:
-                    continue
-                if message["event"] == "started":
-                    child.pid = message["pid"]
-                elif message["event"] == "exited":
-                    del self._live[child.number]
-                    if child in self._ready:
-                        self._ready.remove(child)
-                    child.end(message["code"])
+    def _note(self, message: dict[str, Any]) -> None:
+        """Note that a child has started or ended."""
         with self._lock:
-            if self._control is control:
-                self._control = None  # the next call starts another
-                logger.warning("the fork server ended unexpectedly")
-            children = list(self._live.values())
-            self._live.clear()
-            self._ready.clear()
-        for child in children:
-            # PDEATHSIG ends the children; their own children are in their groups.
-            if child.pid is not None:
-                with contextlib.suppress(ProcessLookupError, PermissionError):
-                    os.killpg(child.pid, signal.SIGKILL)
-            child.end(None)
-        control.close()
-        self._kill_server(server)
+            child = self._live.get(message["number"])
+            if child is None:
+                return
+            if message["event"] == "started":
+                child.pid = message["pid"]
+                return
+            del self._live[child.number]
+            if child in self._ready:
+                self._ready.remove(child)
+        child.end(message["code"])
 
-    def _kill_server(self, server: subprocess.Popen[bytes]) -> None:
-        try:
-            server.wait(1.0)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait(_EXIT_TIMEOUT_S)
+    def _note_end(self, generation: int) -> None:
+        """Note that a fork server and its children are gone."""
+        with self._lock:
+            if not self._closed:
+                logger.warning("the fork server ended unexpectedly")
+                if generation == self._generation:
+                    self._launcher = None  # the next call starts another
+            children = [c for c in self._live.values() if c.generation == generation]
+            for child in children:
+                del self._live[child.number]
+                if child in self._ready:
+                    self._ready.remove(child)
+        for child in children:
+            child.end(None)
+
+
+def _check_buffers(buffers: list[int]) -> None:
+    if len(buffers) > channel.MAX_FDS:
+        raise ValueError(f"expected at most {channel.MAX_FDS} buffers, found {len(buffers)}")
+    for fd in buffers:
+        os.fstat(fd)  # a bad descriptor is the caller's error, not the child's

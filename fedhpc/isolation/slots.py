@@ -1,5 +1,6 @@
 """Which slots an array task has: places where one fit at a time may run."""
 
+import itertools
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,12 @@ def _visible_gpus() -> list[str]:
     """Return the GPUs allotted to this process, by index or UUID as CUDA takes them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [gpu.strip() for gpu in visible.split(",") if gpu.strip() not in ("", "NoDevFiles")]
+        # CUDA itself stops at the first entry that is no device, such as -1.
+        return list(
+            itertools.takewhile(
+                lambda gpu: gpu and gpu != "NoDevFiles" and not gpu.startswith("-"),
+                (gpu.strip() for gpu in visible.split(",")),
+            )
+        )
     # The driver's device nodes, so that neither CUDA nor NVML is loaded here.
     return [str(index) for index, _ in enumerate(Path("/dev").glob("nvidia[0-9]*"))]

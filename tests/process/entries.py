@@ -189,7 +189,6 @@ def nothing_is_left(token: str, sockets: int = 0) -> Iterator[None]:
     yield
 
     def leftovers() -> dict[str, Any]:
-        gc.collect()
         now = open_descriptors()
         return {
             "processes": processes_with(token),
@@ -201,12 +200,17 @@ def nothing_is_left(token: str, sockets: int = 0) -> Iterator[None]:
             "shared memory": [path for path in _shared_memory() - shared if not _held(path)],
         }
 
-    clean = wait_until(lambda: not any(leftovers().values()))
+    def clean() -> bool:
+        if any(leftovers().values()):
+            gc.collect()  # slow, so only where something is left
+        return not any(leftovers().values())
+
+    if wait_until(clean):
+        return
     left = leftovers()
     for pid, _ in left["processes"]:
         os.kill(pid, signal.SIGKILL)
-    if not clean and any(left.values()):
-        raise AssertionError(f"left behind: {left}")
+    raise AssertionError(f"left behind: {left}")
 
 
 def memory_mb(key: str = "VmRSS") -> float:
@@ -386,7 +390,7 @@ def _daemon(work: Callable[[], None]) -> None:
 @entry
 def hang_with_descendants(path: str, kinds: list[str]) -> None:
     _descendants(kinds)
-    time.sleep(0.3)  # until the daemons have their own
+    time.sleep(0.15)  # until the daemons have their own
     Path(path).write_text(str(os.getpid()))
     time.sleep(600)
 
@@ -394,7 +398,7 @@ def hang_with_descendants(path: str, kinds: list[str]) -> None:
 @entry
 def leave_descendants(kinds: list[str]) -> int:
     _descendants(kinds)
-    time.sleep(0.3)
+    time.sleep(0.15)
     return os.getpid()
 
 
@@ -588,7 +592,7 @@ def own_a_pool(stage: str, options: str, marker: str) -> None:
             signal.signal(signal.SIGINT, lambda *_: print("interrupted", flush=True))
             call(pool, "pid")  # the fork server is up
             Path(marker).touch()
-            print("answer", call(pool, "working_time", 1.0), flush=True)
+            print("answer", call(pool, "working_time", 0.7), flush=True)
             return
         if stage == "descendants":
             call(pool, "hang_with_descendants", marker, ["same group", "new session", "daemon"])

@@ -70,9 +70,9 @@ def test_at_its_deadline_a_hanging_child_ends_with_all_its_descendants(
     with ChildPool(light()) as pool:
         call(pool, "pid")
         called_s = time.monotonic()
-        with pytest.raises(FitDied, match=r"no reply within 1\.5 s; .* killed"):
-            call(pool, "hang_with_descendants", str(marker), kind, timeout_s=1.5)
-        assert time.monotonic() - called_s < 1.5 + GONE_WITHIN_S
+        with pytest.raises(FitDied, match=r"no reply within 1 s; .* killed"):
+            call(pool, "hang_with_descendants", str(marker), kind, timeout_s=1)
+        assert time.monotonic() - called_s < 1 + GONE_WITHIN_S
         assert marker.exists()
         assert only_server_left(token), entries.processes_with(token)
         assert call(pool, "add", 1, 2) == 3
@@ -182,7 +182,7 @@ def test_a_cancelled_kept_child_is_replaced(marker: Path) -> None:
 
 def test_many_cancels_at_any_moment_leave_nothing(token: str) -> None:
     with ChildPool(light(standby=True, prepare="entries:jitter")) as pool:
-        for number in range(25):
+        for number in range(16):
             running = Background(call, pool, "working_time", 600, tag=f"t{number}")
             time.sleep(0.004 * (number % 8))
             while running.running():  # a cancel before the call has a child is no cancel
@@ -192,7 +192,7 @@ def test_many_cancels_at_any_moment_leave_nothing(token: str) -> None:
                 running.result(1)
         assert call(pool, "add", 1, 2) == 3
         assert wait_until(lambda: len(pool.children()) <= 1)
-        assert only_server_left(token) or len(entries.processes_with(token)) == 2
+        assert wait_until(lambda: len(entries.processes_with(token)) <= 2)  # one is the standby
 
 
 def test_a_late_cancel_does_not_hit_the_next_call_of_a_kept_child() -> None:
@@ -386,7 +386,7 @@ def test_a_fork_server_killed_while_it_prepares_a_standby_ends_both(marker: Path
 
 def test_fork_servers_killed_under_load_lose_calls_but_never_hang(token: str) -> None:
     with ChildPool(light(standby=True, prepare="entries:jitter")) as pool:
-        stop_s = time.monotonic() + 3
+        stop_s = time.monotonic() + 2
 
         def work(slot: Slot) -> int:
             answers = 0
@@ -418,7 +418,7 @@ def test_a_ctrl_c_does_not_reach_the_children(method: str, marker: Path) -> None
     )
     try:
         assert wait_until(marker.exists, 20)
-        time.sleep(0.4)
+        time.sleep(0.2)
         os.killpg(owner.pid, signal.SIGINT)
         out, err = owner.communicate(timeout=20)
     finally:

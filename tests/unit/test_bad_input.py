@@ -454,9 +454,9 @@ SECOND_STAGE: dict[str, Unfit] = {
     ),
     "a partitioner that leaves a client empty": unfit(
         "data: {partitioner: {name: dirichlet, params: {alpha: 0.001, min_partition_size: 0,"
-        " self_balancing: false}}}",
+        " self_balancing: false}}}\nfederation: {num_clients: 40}",
         "data.partitioner.params: dirichlet leaves ",
-        " of 10 clients without examples: ",
+        " of 40 clients without examples: ",
     ),
     "partitions for other clients": unfit(
         "data: {partitioner: {name: iid, params: {num_partitions: 3}}}",

@@ -115,6 +115,10 @@ def test_work_that_has_started_goes_on_with_fewer_array_tasks() -> None:
     dispatch.leave(1)
     dispatch.submit("a", 0)
     assert assigned(dispatch.actions()) == [(2, "a")]
+    dispatch.leave(2)
+    dispatch.join(3, 0, 1, [], 1.0)
+    assert assigned(dispatch.actions()) == [(3, "a")]
+    assert dispatch.started
 
 
 def test_an_array_task_that_comes_later_gets_work_too() -> None:
@@ -406,6 +410,7 @@ class Behaviour(RuleBasedStateMachine):
         self.submitted: list[str] = []
         self.most_connected = 0
         self.losses: dict[str, int] = {}
+        self.order: dict[str, int] = {}
         # The array tasks' side: what each live link was told to do, and all that an array task has.
         self.link_of: dict[int, int] = {}
         self.slots: dict[int, int] = {}
@@ -442,12 +447,19 @@ class Behaviour(RuleBasedStateMachine):
             others = [link for link in self.has if action.message_id in self.has[link]]
             assert others == [], "somebody else has it"
             assert len(self.has[action.link]) < self.slots[action.link], "no slot is free"
-            if self.placement == "pinned":
-                assert self.client_of[action.message_id] % self.ARRAY_TASKS == array_task
+            assert self.may_run(action.message_id, array_task), "pinned elsewhere"
             assert self.most_connected >= 2, "work starts with min_array_tasks"
             assert self.losses[action.message_id] < self.MAX_LOSSES, "lost too often"
+            running = set().union(*self.has.values())
+            for earlier in self.open - running:
+                if self.order[earlier] < self.order[action.message_id]:
+                    assert not self.may_run(earlier, array_task), f"{earlier} came first"
             self.has[action.link].add(action.message_id)
             self.kept[array_task].add(action.message_id)
+
+    def may_run(self, message_id: str, array_task: int) -> bool:
+        pin = self.client_of[message_id] % self.ARRAY_TASKS
+        return self.placement == "any" or pin == array_task
 
     def array_task_of(self, link: int) -> int | None:
         return next((task for task, number in self.link_of.items() if number == link), None)
@@ -486,6 +498,7 @@ class Behaviour(RuleBasedStateMachine):
         self.open.add(message_id)
         self.submitted.append(message_id)
         self.losses[message_id] = 0
+        self.order[message_id] = len(self.submitted)
         self.follow()
 
     @rule(data=st.data())
@@ -615,6 +628,7 @@ class Behaviour(RuleBasedStateMachine):
     @invariant()
     def both_sides_agree_on_who_is_connected(self) -> None:
         assert self.dispatch.array_tasks_connected == len(self.slots)
+        assert self.dispatch.started == (self.most_connected >= 2)
         for task in range(self.ARRAY_TASKS):
             assert self.dispatch.links_of(task) == [
                 link for number, link in self.link_of.items() if number == task
@@ -639,9 +653,7 @@ class Behaviour(RuleBasedStateMachine):
         running = set().union(*self.has.values()) if self.has else set()
         for message_id in self.open - running:
             for task, link in self.link_of.items():
-                eligible = (
-                    self.placement == "any" or self.client_of[message_id] % self.ARRAY_TASKS == task
-                )
+                eligible = self.may_run(message_id, task)
                 assert not eligible or len(self.has[link]) >= self.slots[link]
 
     def teardown(self) -> None:
