@@ -31,9 +31,11 @@ def write_atomic(path: Path, data: bytes | str, mode: int = 0o644) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise PlatformError(
             f"could not write {path}: {error.strerror}", "check space and permissions of the disk"
         ) from error
@@ -60,11 +62,14 @@ def append_line(path: Path, value: Any) -> None:
     PlatformError
         If the disk refuses it.
     """
-    line = json.dumps(value, separators=(",", ":")) + "\n"
+    line = (json.dumps(value, separators=(",", ":")) + "\n").encode()
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            os.write(fd, line.encode())
+            written = os.write(fd, line)
+            if written < len(line):  # the disk is full: a half line would spoil the next one
+                os.ftruncate(fd, os.fstat(fd).st_size - written)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(fd)
     except OSError as error:
@@ -76,7 +81,7 @@ def append_line(path: Path, value: Any) -> None:
 def read_lines(path: Path) -> Iterator[Any]:
     """Yield the values of a JSON-lines file, without a last line that is still being written."""
     try:
-        text = path.read_text()
+        text = path.read_text(errors="replace")
     except FileNotFoundError:
         return
     for line in text.splitlines():

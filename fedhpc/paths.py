@@ -1,5 +1,6 @@
 """The names of everything in a run folder. No other module spells them."""
 
+import hashlib
 import os
 import re
 from dataclasses import dataclass
@@ -114,7 +115,8 @@ class RunPaths:
 
     def state_blob(self, client_id: int, record: str) -> Path:
         """Return the file of one ArrayRecord of a client's state."""
-        return self.blobs / f"state-{client_id}-{record.encode().hex()}.safetensors"
+        name = hashlib.sha256(record.encode()).hexdigest()[:16]  # a record may have any name
+        return self.blobs / f"state-{client_id}-{name}.safetensors"
 
 
 def create_run_folder(runs_dir: Path, name: str) -> RunPaths:
@@ -125,6 +127,11 @@ def create_run_folder(runs_dir: Path, name: str) -> RunPaths:
     PlatformError
         If the folder cannot be written.
     """
+    if runs_dir.exists() and not runs_dir.is_dir():
+        raise PlatformError(
+            f"cluster.runs_dir: expected a folder, found the file {runs_dir}",
+            "name another folder with --set cluster.runs_dir=DIR",
+        )
     for _ in range(100):
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         paths = RunPaths((runs_dir / f"{name}-{stamp}-{os.urandom(2).hex()}").resolve())
@@ -134,11 +141,6 @@ def create_run_folder(runs_dir: Path, name: str) -> RunPaths:
             paths.errors.mkdir()
             paths.blobs.mkdir()
         except FileExistsError:
-            if runs_dir.exists() and not runs_dir.is_dir():
-                raise PlatformError(
-                    f"cluster.runs_dir: expected a folder, found the file {runs_dir}",
-                    "name another folder with --set cluster.runs_dir=DIR",
-                ) from None
             continue
         except OSError as error:
             raise PlatformError(

@@ -77,7 +77,10 @@ def _load_quietly(findings: Findings, load: Callable[[Any], Any], spec: apps.App
             load(spec)
         except FedHPCError:
             raise
-        except Exception as error:  # the app's own module raised while it was imported
+        except (
+            Exception,
+            SystemExit,
+        ) as error:  # the app's own module raised while it was imported
             part = "server" if load is apps.load_server else "client"
             raise ConfigError(
                 "app", [f"{part}: its import raised {type(error).__name__}: {error}"]

@@ -7,6 +7,7 @@ Neither this module nor what it imports at the top loads torch, flwr or grpc: ``
 import json
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -98,20 +99,25 @@ def _resolve(loaded: Config) -> Config:
             ["cluster.executor: expected sbatch on the PATH for 'slurm', found none"],
             "run it on a login node, or use --executor local",
         )
-    absolute = {
-        "cluster": loaded.cluster.model_copy(
-            update={"executor": executor, "runs_dir": _absolute(loaded.cluster.runs_dir)}
-        ),
-        "data": loaded.data.model_copy(
-            update={"root": _absolute(loaded.data.root), "source": _absolute(loaded.data.source)}
-        ),
-        "app": loaded.app.model_copy(update={"dir": _absolute(loaded.app.dir)}),
-    }
-    return loaded.model_copy(update=absolute)
+    cluster, data, app = loaded.cluster, loaded.data, loaded.app
+    runs_dir = _absolute("cluster.runs_dir", cluster.runs_dir)
+    root, source = _absolute("data.root", data.root), _absolute("data.source", data.source)
+    return loaded.model_copy(
+        update={
+            "cluster": cluster.model_copy(update={"executor": executor, "runs_dir": runs_dir}),
+            "data": data.model_copy(update={"root": root, "source": source}),
+            "app": app.model_copy(update={"dir": _absolute("app.dir", app.dir)}),
+        }
+    )
 
 
-def _absolute(path: str | None) -> str | None:
-    return path and str(Path(os.path.expandvars(path)).expanduser().absolute())
+def _absolute(key: str, path: str | None) -> str | None:
+    expanded = os.path.expandvars(path) if path else path
+    if expanded and (unset := re.search(r"\$\{?(\w+)", expanded)):
+        raise ConfigError(
+            "command line", [f"{key}: expected ${unset[1]} to be set, found it unset in '{path}'"]
+        )
+    return expanded and str(Path(expanded).expanduser().absolute())
 
 
 def _submit(resolved: Config, source: str, follow: bool | None) -> int:

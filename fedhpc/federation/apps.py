@@ -67,8 +67,8 @@ def locate(config: Config, paths: RunPaths) -> AppSpec:
         components, defaults = compat.read_app_folder(folder)
     except (FileNotFoundError, ValueError) as error:
         raise ConfigError(
-            "app.dir",
-            [f"expected the folder of a Flower app, found {folder}: {error}"],
+            "app",
+            [f"dir: expected the folder of a Flower app, found {folder}: {error}"],
             "it holds a pyproject.toml with [tool.flwr.app.components]",
         ) from error
     unknown = [
@@ -95,12 +95,17 @@ def load_client(spec: AppSpec) -> ClientCallable:
     ConfigError
         If the reference leads to no ClientApp.
     """
-    app = _load(spec, "app.client", spec.client)
+    app = _load(spec, "client", spec.client)
     if not isinstance(app, ClientApp):
         raise ConfigError(
-            "app.client", [f"{spec.client}: expected a ClientApp, found {type(app).__name__}"]
+            "app", [f"client: expected a ClientApp in {spec.client}, found {type(app).__name__}"]
         )
-    mods = [_load(spec, "app.mods", reference) for reference in spec.mods]
+    mods = [_load(spec, "mods", reference) for reference in spec.mods]
+    for reference, mod in zip(spec.mods, mods, strict=True):
+        if not callable(mod):
+            raise ConfigError(
+                "app", [f"mods: expected a function in {reference}, found {type(mod).__name__}"]
+            )
     return compat.apply_mods(app, mods) if mods else app
 
 
@@ -112,10 +117,10 @@ def load_server(spec: AppSpec) -> ServerApp:
     ConfigError
         If the reference leads to no ServerApp.
     """
-    app = _load(spec, "app.server", spec.server)
+    app = _load(spec, "server", spec.server)
     if not isinstance(app, ServerApp):
         raise ConfigError(
-            "app.server", [f"{spec.server}: expected a ServerApp, found {type(app).__name__}"]
+            "app", [f"server: expected a ServerApp in {spec.server}, found {type(app).__name__}"]
         )
     return app
 
@@ -144,7 +149,7 @@ def server_context(spec: AppSpec, run_id: str) -> Context:
     )
 
 
-def _load(spec: AppSpec, source: str, reference: str) -> Any:
+def _load(spec: AppSpec, key: str, reference: str) -> Any:
     if spec.folder is not None and str(spec.folder) not in sys.path:
         sys.path.insert(0, str(spec.folder))
     try:
@@ -152,5 +157,5 @@ def _load(spec: AppSpec, source: str, reference: str) -> Any:
     except (ImportError, AttributeError) as error:
         where = spec.folder or "the Python path"
         raise ConfigError(
-            source, [f"{reference}: could not be loaded from {where}: {error}"]
+            "app", [f"{key}: could not load {reference} from {where}: {error}"]
         ) from error

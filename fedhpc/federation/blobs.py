@@ -27,9 +27,11 @@ def write_blob(path: Path, parts: Sequence[BytesLike]) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             beside.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise PlatformError(
             f"could not write {path}: {error.strerror}", "check space and quota of the disk"
         ) from error

@@ -200,7 +200,7 @@ class Dispatch:
             if gap_s > self._liveness_timeout_s / 2:
                 # We were stalled ourselves and read nothing meanwhile: blame nobody.
                 for link in self._links.values():
-                    link.heard_s += gap_s
+                    link.heard_s = min(link.heard_s + gap_s, now_s)
         self._ticked_s = now_s
         for number, link in list(self._links.items()):
             silence_s = now_s - link.heard_s

@@ -21,6 +21,7 @@ from fedhpc.federation import compat, grid_pb2
 BytesLike = bytes | bytearray | memoryview
 
 _RAW = "fedhpc.raw"  # arrays that are not plain C-ordered numpy: Flower's own bytes as they are
+_METADATA = "__metadata__"  # safetensors' own key in the header
 _DTYPES = {
     "<f8": "F64", "<f4": "F32", "<f2": "F16", "<i8": "I64", "<i4": "I32", "<i2": "I16",
     "|i1": "I8", "<u8": "U64", "<u4": "U32", "<u2": "U16", "|u1": "U8", "|b1": "BOOL",
@@ -59,7 +60,7 @@ def encode_arrays(arrays: ArrayRecord) -> Blob:
             dtype, shape, data = "U8", [len(array.data)], memoryview(array.data)
         else:
             (dtype, data), shape = plain, list(array.shape)
-        header[name] = {
+        header[_key(name)] = {
             "dtype": dtype,
             "shape": shape,
             "data_offsets": [offset, offset + len(data)],
@@ -67,7 +68,7 @@ def encode_arrays(arrays: ArrayRecord) -> Blob:
         parts.append(data)
         offset += len(data)
     if raw_names:
-        header["__metadata__"] = {_RAW: json.dumps(raw_names)}
+        header[_METADATA] = {_RAW: json.dumps(raw_names)}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     parts.insert(0, len(text).to_bytes(8, "little") + text)
@@ -82,18 +83,24 @@ def decode_arrays(skeleton: ArrayRecord, data: memoryview) -> ArrayRecord:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8 : 8 + length]))
     body = data[8 + length :]
-    raw_names = json.loads(header.get("__metadata__", {}).get(_RAW, "[]"))
+    raw_names = json.loads(header.get(_METADATA, {}).get(_RAW, "[]"))
     descriptions = {dtype: descr for descr, dtype in _DTYPES.items()}
     arrays = {}
     for name, array in skeleton.items():
-        start, end = header[name]["data_offsets"]
+        description = header[_key(name)]
+        start, end = description["data_offsets"]
         if name in raw_names:
             content = bytes(body[start:end])
         else:
-            npy = _npy_header(descriptions[header[name]["dtype"]], tuple(array.shape))
+            npy = _npy_header(descriptions[description["dtype"]], tuple(array.shape))
             content = b"".join((npy, body[start:end]))
         arrays[name] = Array(array.dtype, tuple(array.shape), array.stype, content)
     return ArrayRecord(arrays)
+
+
+def _key(name: str) -> str:
+    """Return an array's key in the header: one that is safetensors' own is escaped."""
+    return f"_{name}" if name.strip("_") == "metadata" and name.startswith("__") else name
 
 
 def _plain_data(array: Array) -> tuple[str, memoryview] | None:

@@ -1,6 +1,7 @@
 """The clients' states: a client's ``context.state`` lives here between its fits."""
 
 import mmap
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, RecordDict
@@ -44,23 +45,32 @@ class ClientStates:
         return None
 
     def put(self, client_id: int, state: RecordDict) -> None:
-        """Replace a client's state."""
-        self.drop(client_id)
+        """Replace a client's state.
+
+        Raises
+        ------
+        PlatformError
+            If the disk refuses it; the old state is kept.
+        """
         size = sum(
             len(array.data) for record in state.array_records.values() for array in record.values()
         )
-        if self._used_bytes + size <= self._memory_bytes:
+        old_bytes = self._in_memory[client_id][1] if client_id in self._in_memory else 0
+        if self._used_bytes - old_bytes + size <= self._memory_bytes:
+            self.drop(client_id)
             self._in_memory[client_id] = (state, size)
             self._used_bytes += size
         else:
-            self._on_disk[client_id] = self._write(client_id, state)
+            stored = self._write(client_id, state)
+            self.drop(client_id, keep=stored.array_records)
+            self._on_disk[client_id] = stored
 
-    def drop(self, client_id: int) -> None:
-        """Forget a client's state."""
+    def drop(self, client_id: int, *, keep: Collection[str] = ()) -> None:
+        """Forget a client's state, but for the files of some of its records."""
         if entry := self._in_memory.pop(client_id, None):
             self._used_bytes -= entry[1]
         if stored := self._on_disk.pop(client_id, None):
-            for name in stored.array_records:
+            for name in set(stored.array_records) - set(keep):
                 self._paths.state_blob(client_id, name).unlink(missing_ok=True)
 
     def _write(self, client_id: int, state: RecordDict) -> _OnDisk:

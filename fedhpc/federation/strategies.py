@@ -5,6 +5,7 @@ from typing import Any
 
 from flwr.serverapp import strategy as flower
 from flwr.serverapp.strategy import Strategy
+from pydantic import ValidationError
 
 from fedhpc.config import Federation, Named
 from fedhpc.errors import ConfigError
@@ -47,8 +48,8 @@ def _build(name: str, params: dict[str, Any], federation: Federation, source: st
     filled = {
         key: value for key, value in _participation(federation).items() if key in accepted
     } | params
-    if isinstance(inner := filled.get("strategy"), dict):
-        filled["strategy"] = _build_inner(inner, federation, source)
+    if "strategy" in accepted and "strategy" in filled:
+        filled["strategy"] = _build_inner(filled["strategy"], federation, source)
     check_parameters(source, name, cls, filled)
     try:
         return cls(**filled)
@@ -56,12 +57,14 @@ def _build(name: str, params: dict[str, Any], federation: Federation, source: st
         raise ConfigError(source, [f"params: {name} refuses them: {error}"]) from error
 
 
-def _build_inner(inner: dict[str, Any], federation: Federation, source: str) -> Strategy:
-    nested = f"{source}.params.strategy"
-    unknown = sorted(set(inner) - {"name", "params"})
-    if unknown or not isinstance(inner.get("name"), str):
-        raise ConfigError(nested, [f"expected name and params, found {sorted(inner)}"])
-    return _build(inner["name"], inner.get("params", {}), federation, nested)
+def _build_inner(inner: object, federation: Federation, source: str) -> Strategy:
+    try:
+        named = Named.model_validate(inner)
+    except ValidationError:
+        raise ConfigError(
+            source, [f"params.strategy: expected a mapping of name and params, found {inner!r}"]
+        ) from None
+    return _build(named.name, named.params, federation, f"{source}.params.strategy")
 
 
 def _participation(federation: Federation) -> dict[str, Any]:

@@ -1,31 +1,18 @@
-"""The experiment's configuration: what a YAML file may say, its defaults and its checks.
+"""What a config may say: its sections, their defaults and their checks."""
 
-This is the first of two stages of validation: schema and values, without torch, flwr or grpc.
-Names of models, strategies, optimizers and partitioners are checked in the second stage
-(`fedhpc.preflight`) against the installed packages.
-"""
-
-import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
-    PositiveFloat,
-    PositiveInt,
     StrictBool,
     StrictInt,
     StrictStr,
-    ValidationError,
 )
-
-from fedhpc.errors import ConfigError
 
 
 def _check_name(name: str) -> str:
@@ -46,7 +33,8 @@ Name = Annotated[StrictStr, AfterValidator(_check_name)]
 Reference = Annotated[StrictStr, AfterValidator(_check_reference)]
 Count = Annotated[StrictInt, Field(ge=0)]
 Positive = Annotated[StrictInt, Field(ge=1)]
-Seconds = Annotated[float, Field(gt=0, le=30 * 24 * 3600, allow_inf_nan=False)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Seconds = Annotated[Number, Field(gt=0, le=30 * 24 * 3600)]
 
 
 class Section(BaseModel):
@@ -101,7 +89,7 @@ class Federation(Section):
     clients_per_evaluation: Count = Field(
         0, description="clients that evaluate the global model on their own data in each round"
     )
-    validation_fraction: float = Field(
+    validation_fraction: Number = Field(
         0.2,
         gt=0,
         lt=1,
@@ -186,8 +174,8 @@ class JobOptions(Section):
     account: StrictStr | None = Field(None, description="--account")
     qos: StrictStr | None = Field(None, description="--qos")
     constraint: StrictStr | None = Field(None, description="--constraint")
-    time_min: PositiveInt | None = Field(None, description="--time, in minutes")
-    mem_gb: PositiveFloat | None = Field(None, description="--mem, in GB")
+    time_min: Positive | None = Field(None, description="--time, in minutes")
+    mem_gb: Number | None = Field(None, gt=0, description="--mem, in GB")
     cpus_per_task: Positive | None = Field(None, description="--cpus-per-task")
     gpus_per_task: Count | None = Field(None, description="--gpus-per-task")
     gres: StrictStr | None = Field(None, description="--gres, where a site wants this instead")
@@ -228,10 +216,10 @@ class Cluster(JobOptions):
     liveness_timeout_s: Seconds = Field(
         15, description="silence after which an array task counts as lost"
     )
-    inline_mb: float = Field(
+    inline_mb: Number = Field(
         32, ge=0, le=1024, description="larger arrays travel as files of the run folder"
     )
-    state_mb: float = Field(
+    state_mb: Number = Field(
         256, ge=0, description="client states above this total are kept as files of the run folder"
     )
 
@@ -258,10 +246,8 @@ class Config(Section):
     cluster: Cluster = Field(Cluster(), description=Cluster.__doc__)
 
 
-# --- combinations that no single field can check ---
-
-
-def _combination_problems(config: Config) -> Iterator[str]:
+def combination_problems(config: Config) -> Iterator[str]:
+    """Yield the problems that no single field can see."""
     federation, cluster, app = config.federation, config.cluster, config.app
     for field in ("clients_per_round", "clients_per_evaluation"):
         found = getattr(federation, field)
@@ -309,246 +295,3 @@ def _combination_problems(config: Config) -> Iterator[str]:
         yield f"app.{missing}: expected 'module:attribute' as app has the other one, found null"
     if app.run_config and app.is_builtin:
         yield "app.run_config: the built-in app reads data, model and training, not this"
-
-
-# --- loading ---
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """YAML without duplicate keys, and with 1e-3 read as a number as in YAML 1.2."""
-
-
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
-    seen: set[Any] = set()
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node, deep=True)
-        if isinstance(key, list | dict):
-            raise yaml.constructor.ConstructorError(
-                None, None, "a key must be a single word", key_node.start_mark
-            )
-        if key in seen:
-            raise yaml.constructor.ConstructorError(
-                None, None, f"the key '{key}' appears twice", key_node.start_mark
-            )
-        seen.add(key)
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506
-    except OSError as error:
-        raise ConfigError(str(path), [f"could not be read: {error.strerror}"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(str(path), ["expected UTF-8 text"]) from error
-    except yaml.YAMLError as error:
-        text = " ".join(str(error).split())
-        raise ConfigError(str(path), [f"not valid YAML: {text}"]) from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ConfigError(str(path), [f"expected sections, found a {type(value).__name__}"])
-    return value
-
-
-def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``base`` with the values of ``over``; params of another `Named` are not mixed in."""
-    merged = dict(base)
-    for key, value in over.items():
-        old = merged.get(key)
-        renamed = (
-            isinstance(old, dict)
-            and isinstance(value, dict)
-            and {"name"} <= set(old) & set(value)
-            and old["name"] != value["name"]
-        )
-        if isinstance(old, dict) and isinstance(value, Mapping) and not renamed:
-            merged[key] = _merge(old, value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _parse_assignment(assignment: str) -> dict[str, Any]:
-    """Turn ``section.key=value`` into nested mappings; the value is YAML."""
-    path, equals, text = assignment.partition("=")
-    keys = path.strip().split(".")
-    if not equals or not all(keys):
-        raise ConfigError(
-            "command line", [f"--set: expected section.key=value, found '{assignment}'"]
-        )
-    try:
-        value = yaml.load(text, _StrictLoader)  # noqa: S506
-    except yaml.YAMLError as error:
-        raise ConfigError("command line", [f"--set {path}: not a YAML value: '{text}'"]) from error
-    for key in reversed(keys):
-        value = {key: value}
-    assert isinstance(value, dict)  # noqa: S101  (keys is never empty)
-    return value
-
-
-_TYPES = {
-    "int_type": "an integer",
-    "int_from_float": "an integer",
-    "int_parsing": "an integer",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "bool_type": "true or false",
-    "string_type": "text",
-    "list_type": "a list",
-    "dict_type": "a mapping",
-    "model_type": "a mapping",
-    "missing": "a value",
-    "finite_number": "a finite number",
-}
-
-
-def _expectation(error: Mapping[str, Any]) -> str:
-    kind, context = error["type"], error.get("ctx", {})
-    if kind in _TYPES:
-        return f"expected {_TYPES[kind]}"
-    if kind == "greater_than_equal":
-        return f"expected {context['ge']} or more"
-    if kind == "greater_than":
-        return f"expected more than {context['gt']}"
-    if kind == "less_than_equal":
-        return f"expected {context['le']} or less"
-    if kind == "less_than":
-        return f"expected less than {context['lt']}"
-    if kind == "literal_error":
-        return f"expected {context['expected']}"
-    if kind == "string_too_short":
-        return "expected a name"
-    return str(error["msg"]).removeprefix("Value error, ")
-
-
-def _known_keys(location: Sequence[str | int]) -> list[str]:
-    """Return the valid keys of the section that ``location`` points into."""
-    section: type[BaseModel] = Config
-    for part in location:
-        field = section.model_fields.get(str(part))
-        if field is None or not isinstance(field.annotation, type):
-            break
-        if issubclass(field.annotation, BaseModel):
-            section = field.annotation
-    return list(section.model_fields)
-
-
-def _problems(error: ValidationError) -> list[str]:
-    lines: dict[str, str] = {}
-    for entry in error.errors():
-        # A union reports once per member, with the member's name in the location.
-        location = [
-            part
-            for part in entry["loc"]
-            if not str(part).startswith(("literal[", "constrained-", "float", "str", "int", "bool"))
-            and part not in ("[key]",)
-        ]
-        path = ".".join(map(str, location)) or "the file"
-        if entry["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(
-                str(location[-1]), _known_keys(location[:-1]), n=1, cutoff=0.5
-            )
-            prefix = "".join(f"{part}." for part in location[:-1])
-            guess = f"; did you mean {prefix}{near[0]}?" if near else ""
-            lines[path] = f"{path}: unknown key{guess}"
-            continue
-        expected = _expectation(entry)
-        if path in lines and expected not in lines[path]:
-            first, found = lines[path].split(", found ", 1)
-            lines[path] = f"{first} or {expected.removeprefix('expected ')}, found {found}"
-        elif path not in lines:
-            found = repr(entry["input"]) if not isinstance(entry["input"], dict) else "a mapping"
-            lines[path] = f"{path}: {expected}, found {found}"
-    return list(lines.values())
-
-
-def parse(raw: Mapping[str, Any], source: str) -> Config:
-    """Check raw values and return the config.
-
-    Parameters
-    ----------
-    raw : mapping
-        Sections as read from YAML.
-    source : str
-        Where they come from, for the message.
-
-    Raises
-    ------
-    ConfigError
-        With every problem at once.
-    """
-    try:
-        config = Config.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(
-            source, _problems(error), "python -m fedhpc.submit --schema prints every key"
-        ) from error
-    if problems := list(_combination_problems(config)):
-        raise ConfigError(source, problems)
-    return config
-
-
-def load(path: Path, site: Path | None = None, assignments: Sequence[str] = ()) -> Config:
-    """Read a config file, the site's values over it, and ``--set`` values over both.
-
-    Parameters
-    ----------
-    path : Path
-        The experiment's YAML file.
-    site : Path, optional
-        A YAML file of the same form with what only a site knows.
-    assignments : sequence of str
-        ``section.key=value`` each, the value in YAML.
-
-    Raises
-    ------
-    ConfigError
-        With every problem at once.
-    """
-    raw = _read_yaml(path)
-    if site is not None:
-        raw = _merge(raw, _read_yaml(site))
-    for assignment in assignments:
-        raw = _merge(raw, _parse_assignment(assignment))
-    return parse(raw, str(path))
-
-
-def dump(config: Config) -> str:
-    """Return the resolved config as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
-
-
-def schema() -> str:
-    """Return the documented defaults as YAML."""
-    return "\n".join(_document(Config(), indent=0)) + "\n"
-
-
-def _document(section: BaseModel, indent: int) -> Iterator[str]:
-    pad = "  " * indent
-    for name, field in type(section).model_fields.items():
-        value = getattr(section, name)
-        description = field.description
-        if isinstance(value, BaseModel) and not isinstance(value, Named):
-            if indent == 0:
-                yield ""
-            yield f"{pad}# {description}"
-            if value.__class__ is JobOptions:
-                yield f"{pad}{name}: {{}}  # the same options as above, for this job alone"
-                continue
-            yield f"{pad}{name}:"
-            yield from _document(value, indent + 1)
-            continue
-        shown = value.model_dump() if isinstance(value, BaseModel) else value
-        text = yaml.safe_dump(shown, default_flow_style=True, width=1000).removesuffix("\n...\n")
-        yield f"{pad}{name}: {text.strip()}  # {description}"
