@@ -3,6 +3,7 @@
 import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +17,7 @@ from fedhpc.paths import RunPaths
 _LOCAL_TIMEOUT_MIN = 60.0 * 24 * 30  # LocalExecutor would end every job after 2 minutes
 _TERM_TIMEOUT_S = 8.0
 _KILL_TIMEOUT_S = 5.0
+_SLURM_TIMEOUT_S = 30.0
 
 
 @dataclass
@@ -164,41 +166,53 @@ def _submit_slurm(config: Config, paths: RunPaths) -> Submission:
 def slurm_parameters(common: JobOptions, special: JobOptions, name: str) -> dict[str, Any]:
     """Return submitit's parameters for a job: the common options with the job's own over them."""
     options = {
-        **common.model_dump(include=set(JobOptions.model_fields), exclude_none=True),
+        **common.model_dump(include=set(JobOptions.model_fields)),
         **special.model_dump(exclude_none=True, exclude_defaults=True),
     }
-    extra = {**common.extra, **special.extra}
-    parameters: dict[str, Any] = {"job_name": name, "stderr_to_stdout": False}
-    names = {
-        "slurm_partition": "partition", "account": "account", "qos": "qos",
-        "constraint": "constraint", "cpus_per_task": "cpus_per_task", "gres": "gres",
-    }  # fmt: skip
-    for ours, theirs in names.items():
-        if ours in options:
-            parameters[theirs] = options[ours]
-    if "time_min" in options:
-        parameters["time"] = options["time_min"]
-    if "mem_gb" in options:
-        parameters["mem"] = f"{options['mem_gb'] * 1000:.0f}M"
-    if options.get("gpus_per_task"):
-        extra["gpus-per-task"] = options["gpus_per_task"]
-    # submitit asks for a workload key by default, which many sites refuse.
-    parameters["additional_parameters"] = {"wckey": None, **extra}
-    return parameters
+    mem_gb = options["mem_gb"]
+    return {
+        "job_name": name,
+        "partition": options["slurm_partition"],
+        "account": options["account"],
+        "qos": options["qos"],
+        "constraint": options["constraint"],
+        "time": options["time_min"],  # without: the partition's, where submitit would say 5
+        "mem": mem_gb and f"{mem_gb * 1000:.0f}M",
+        "cpus_per_task": options["cpus_per_task"],
+        "gpus_per_task": options["gpus_per_task"] or None,
+        "gres": options["gres"],
+        "wckey": None,  # submitit sets one, which many sites refuse
+        "additional_parameters": {**common.extra, **special.extra},
+    }
+
+
+def _is_queued(job_id: str) -> bool:
+    """Return whether Slurm knows a job as pending or running; True if it does not answer."""
+    command = ["squeue", "--noheader", "--format=%T", f"--jobs={job_id}"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SLURM_TIMEOUT_S, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return True
+    if done.returncode:
+        return "Invalid job id" not in done.stderr  # else the controller is busy or restarts
+    return bool(done.stdout.strip())
 
 
 def _scancel(job_ids: list[str]) -> None:
-    import subprocess
-
     arrays = sorted({job_id.split("_")[0] for job_id in job_ids})
-    subprocess.run(["scancel", *arrays], check=False, timeout=30)  # noqa: S607
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(["scancel", *arrays], check=False, timeout=_SLURM_TIMEOUT_S)  # noqa: S607
 
 
 # --- either ---
 
 
 def alive(paths: RunPaths, submission: Submission) -> list[str]:
-    """Return the roles whose local processes live; with Slurm, see `fedhpc.status`."""
+    """Return the roles that live: processes of this machine; with Slurm, the server if queued."""
+    if submission.executor == "slurm":
+        return ["server"] if _is_queued(submission.server) else []
     return [
         role
         for role, job_id in submission.roles()

@@ -16,6 +16,7 @@ from fedhpc.paths import RunPaths
 
 _PAUSE_S = 0.2
 _GRACE_S = 3.0
+_ASK_SLURM_S = 10.0
 _LOG_LINES = 20
 
 
@@ -37,6 +38,7 @@ class Follower:
         self._submission = submission
         self._console = console
         self._rounds_shown = 0
+        self._ask_s = 0.0
         self._start_s = time.monotonic()
 
     def until_end(self) -> dict[str, Any]:
@@ -48,18 +50,21 @@ class Follower:
                 show(status)
                 if status["state"] in run_state.ENDED:
                     return status
-                if "server" in self._alive():
+                if self._server_lives():
                     dead_since_s = None
                 else:
                     dead_since_s = dead_since_s or time.monotonic()
+                    self._ask_s = 0.0
                     if time.monotonic() - dead_since_s > _GRACE_S:
                         return self._died()
                 time.sleep(_PAUSE_S)
 
-    def _alive(self) -> list[str]:
-        if self._submission.executor == "local":
-            return cluster.alive(self._paths, self._submission)
-        return ["server"]  # Slurm is asked by fedhpc.status
+    def _server_lives(self) -> bool:
+        now_s = time.monotonic()
+        if self._submission.executor == "slurm" and now_s < self._ask_s:
+            return True  # the controller serves many: it is asked rarely
+        self._ask_s = now_s + _ASK_SLURM_S
+        return "server" in cluster.alive(self._paths, self._submission)
 
     def _died(self) -> dict[str, Any]:
         logs = cluster.log_paths(self._paths, self._submission.server)

@@ -60,8 +60,7 @@ class Experiment:
         if federation.clients_per_evaluation:
             kept = max(1, round(len(indices) * federation.validation_fraction))
             indices = indices[-kept:] if validation else indices[:-kept]
-        split = self.dataset.train
-        return Split(split.images[indices], split.labels[indices])
+        return self.dataset.train.take(indices)
 
     @cached_property
     def _model(self) -> torch.nn.Module:

@@ -35,6 +35,7 @@ def main(grid: Grid, context: Context) -> None:
         start_method=isolation.start_method,
         threads_per_fit=isolation.threads_per_fit,
         standby=False,
+        huge_pages=False,  # one child a round: it would not pay
         preload=(*DEFAULT_PRELOAD, "sklearn.metrics", f"{_MODULE}_children"),
         prepare=f"{_MODULE}_children:prepare",
         prepare_arg=run_dir,

@@ -45,6 +45,8 @@ class PoolOptions:
         "module:function", called with ``prepare_arg`` in each child before its first call.
     prepare_early : bool
         Call it once in the fork server instead. It must neither touch CUDA nor start threads.
+    huge_pages : bool
+        Spend most of a second at the start of the fork server to make every fork cheaper.
     """
 
     start_method: Literal["forkserver", "spawn"] = "forkserver"
@@ -55,6 +57,7 @@ class PoolOptions:
     prepare: str | None = None
     prepare_arg: str = ""
     prepare_early: bool = False
+    huge_pages: bool = True
 
     def for_child(self) -> dict[str, Any]:
         """Return what each child is told."""
@@ -71,6 +74,7 @@ class PoolOptions:
         return {
             "preload": [] if spawn else list(self.preload),
             "spawn": spawn,
+            "huge_pages": self.huge_pages and not spawn,
             "prepare_early": self.prepare_early and not spawn,
             "child": self.for_child(),
         }
