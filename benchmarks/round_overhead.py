@@ -21,6 +21,7 @@ from fedhpc.files import read_json, read_lines
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar.yaml"
 MODES = {
     "fits_per_process=1": ["isolation.fits_per_process=1"],
+    "... with standby": ["isolation.fits_per_process=1", "isolation.standby=true"],
     "fits_per_process=0": ["isolation.fits_per_process=0"],
     "spawn": ["isolation.start_method=spawn"],
 }

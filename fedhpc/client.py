@@ -252,7 +252,10 @@ class ArrayTask:
         )
         submission = files.read_json(self._paths.submission) or {}
         seeker = rendezvous.Seeker(self._paths, str(submission.get("server", "(by hand)")))
-        with ChildPool(self._pool_options()) as pool:
+        # On full cores a standby child only takes time from the fits.
+        spare = len(slots) * isolation.threads_per_fit < cpus
+        standby = spare if isolation.standby == "auto" else isolation.standby
+        with ChildPool(self._pool_options(standby=standby)) as pool:
             fits = Fits(pool, slots, self._paths, isolation.fit_timeout_s)
             while not self._stopped.is_set():
                 found = seeker.wait(cluster.rendezvous_timeout_s, self._stopped.is_set)
@@ -310,7 +313,7 @@ class ArrayTask:
             fits.use(None)
             link.close()
 
-    def _pool_options(self) -> PoolOptions:
+    def _pool_options(self, *, standby: bool) -> PoolOptions:
         isolation = self._config.isolation
         builtin = self._config.app.is_builtin
         preload = [*DEFAULT_PRELOAD, "flwr.clientapp", _FIT, *isolation.preload]
@@ -322,7 +325,7 @@ class ArrayTask:
             start_method=isolation.start_method,
             fits_per_process=isolation.fits_per_process,
             threads_per_fit=isolation.threads_per_fit,
-            standby=isolation.standby,
+            standby=standby,
             preload=preload,
             prepare=f"{_FIT}:prepare",
             prepare_arg=str(self._paths.root),

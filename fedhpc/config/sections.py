@@ -157,8 +157,10 @@ class Isolation(Section):
     start_method: Literal["forkserver", "spawn"] = Field(
         "forkserver", description="how child processes start; spawn is about 100 times slower"
     )
-    standby: StrictBool = Field(
-        True, description="prepare the next child while its predecessor trains"
+    standby: Literal["auto"] | StrictBool = Field(
+        "auto",
+        description="prepare the next child while its predecessor trains; auto: where a core is"
+        " left for it",
     )
     fit_timeout_s: Seconds = Field(3600, description="deadline of one fit, in seconds")
     preload: list[StrictStr] = Field(

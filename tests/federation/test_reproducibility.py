@@ -14,7 +14,7 @@ LAYOUTS = {
     "spawn instead of fork": ["isolation.start_method=spawn", "isolation.slots=2"],
     "processes that are kept": ["isolation.fits_per_process=0"],
     "processes that do three fits": ["isolation.fits_per_process=3"],
-    "no standby child": ["isolation.standby=false"],
+    "standby children": ["isolation.standby=true"],
     "arrays in files": ["cluster.inline_mb=0"],
     "clients pinned to array tasks": [
         "federation.placement=pinned",
