@@ -4,7 +4,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from conftest import Submitter
+from support import Submitter
 
 PYPROJECT = """
 [build-system]

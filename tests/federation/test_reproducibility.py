@@ -4,7 +4,7 @@ import os
 import signal
 
 import pytest
-from conftest import Run, Submitter, eventually
+from support import Run, Submitter, eventually
 
 from fedhpc.files import read_json, read_lines
 

@@ -6,7 +6,7 @@ import signal
 import stat
 
 import pytest
-from conftest import Submitter, eventually, processes_of
+from support import Submitter, eventually, processes_of
 
 from fedhpc import run_state
 from fedhpc.files import read_json, read_lines
