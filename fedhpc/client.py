@@ -11,13 +11,14 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from fedhpc import __version__, config, environment, files, logging_setup, rendezvous, run_state
-from fedhpc.errors import FedHPCError, FitFailed, PlatformError
+from fedhpc.errors import FedHPCError, FitFailed, ForkServerDied, PlatformError
 from fedhpc.federation import certificates, grid_pb2
 from fedhpc.federation.link import LinkClient, chunks
 from fedhpc.isolation import ChildPool, PoolOptions, Slot, channel, find_slots
@@ -27,6 +28,7 @@ from fedhpc.paths import RunPaths, open_run_folder
 logger = logging.getLogger(__name__)
 
 _FIT = "fedhpc.federation.fit"
+_TRIES = 3  # of a fit whose fork server died
 
 
 @dataclass
@@ -37,9 +39,14 @@ class _Result:
     blobs: list[int] = field(default_factory=list)
 
     def events(self) -> Iterator[grid_pb2.FromArrayTask]:
-        inline = [blob.digest for blob in self.message.blobs if not blob.in_file]
-        for digest, fd in zip(inline, self.blobs, strict=True):
-            for chunk in chunks(digest, [channel.map_file(fd)]):
+        """Return what to send; it stays valid when the result is forgotten meanwhile."""
+        digests = [blob.digest for blob in self.message.blobs if not blob.in_file]
+        views = [channel.map_file(fd) for fd in self.blobs]
+        return self._events(list(zip(digests, views, strict=True)))
+
+    def _events(self, blobs: list[tuple[str, memoryview]]) -> Iterator[grid_pb2.FromArrayTask]:
+        for digest, view in blobs:
+            for chunk in chunks(digest, [view]):
                 yield grid_pb2.FromArrayTask(chunk=chunk)
         yield grid_pb2.FromArrayTask(result=self.message)
 
@@ -147,18 +154,29 @@ class Fits:
                     self._link.send(result.events())
 
     def _run(self, work: grid_pb2.Work, slot: Slot, wait_s: float) -> _Result:
-        try:
-            fds = self._open_inputs(work)
-        except (PlatformError, OSError) as error:
-            return _failure(work, slot, str(error))
+        """Run a fit; whatever goes wrong is a result too, and never the end of the slot."""
+        for tries_left in reversed(range(_TRIES)):
+            try:
+                return self._try(work, slot, wait_s)
+            except FitFailed as error:
+                return _failure(work, slot, error.message, error.traceback, raised=True)
+            except ForkServerDied as error:
+                if not tries_left:
+                    return _failure(work, slot, str(error))
+                logger.warning("%s: %s; it runs again", work.message_id, error.message)
+            except FedHPCError as error:
+                return _failure(work, slot, str(error))
+            except Exception as error:
+                text = traceback.format_exc()
+                return _failure(work, slot, f"{type(error).__name__}: {error}", text)
+        raise AssertionError("unreachable")
+
+    def _try(self, work: grid_pb2.Work, slot: Slot, wait_s: float) -> _Result:
+        fds = self._open_inputs(work)
         try:
             reply = self._pool.run(
                 f"{_FIT}:run", fds, slot=slot, timeout_s=self._fit_timeout_s, tag=work.message_id
             )
-        except FitFailed as error:
-            return _failure(work, slot, error.message, error.traceback, raised=True)
-        except FedHPCError as error:
-            return _failure(work, slot, str(error))
         finally:
             channel.close_all(fds)
         message = grid_pb2.Result.FromString(bytes(channel.map_file(reply.buffers[0])))
@@ -207,12 +225,12 @@ class Fits:
 
 
 def _failure(
-    work: grid_pb2.Work, slot: Slot, reason: str, traceback: str = "", *, raised: bool = False
+    work: grid_pb2.Work, slot: Slot, reason: str, text: str = "", *, raised: bool = False
 ) -> _Result:
     return _Result(
         grid_pb2.Result(
             message_id=work.message_id,
-            failure=grid_pb2.Failure(reason=reason, traceback=traceback, raised=raised),
+            failure=grid_pb2.Failure(reason=reason, traceback=text, raised=raised),
             fit=grid_pb2.Fit(slot=slot.index),
         )
     )
@@ -243,7 +261,8 @@ class ArrayTask:
         isolation, cluster = self._config.isolation, self._config.cluster
         cpus = self._environment.cpus
         if cluster.executor == "local":  # the array tasks share this machine
-            cpus = max(1, cpus // (cluster.max_parallel or cluster.array_tasks))
+            parallel = min(cluster.array_tasks, cluster.max_parallel or cluster.array_tasks)
+            cpus = max(1, cpus // parallel)
         slots = find_slots(
             isolation.device,
             isolation.slots,
@@ -298,6 +317,8 @@ class ArrayTask:
         timeout_s = self._config.cluster.liveness_timeout_s
         link = self._link = LinkClient(found.address, credentials, hello, timeout_s)
         try:
+            if self._stopped.is_set():  # while the link was being made
+                return False
             for event in link.events():
                 if event.HasField("welcome"):
                     logger.info("connected to %s, attempt %d", found.address, found.attempt)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedhpc import client, environment, files, run_state, server
+from fedhpc import client, files, run_state, server
 from fedhpc.config import Config, JobOptions
 from fedhpc.errors import SubmissionError
 from fedhpc.paths import RunPaths
@@ -18,6 +18,7 @@ _LOCAL_TIMEOUT_MIN = 60.0 * 24 * 30  # LocalExecutor would end every job after 2
 _TERM_TIMEOUT_S = 8.0
 _KILL_TIMEOUT_S = 5.0
 _SLURM_TIMEOUT_S = 30.0
+_JOB_ENV = {"PYTHONHASHSEED": "0"}  # the order of sets in strategies is the same in every run
 
 
 @dataclass
@@ -40,7 +41,8 @@ class Submission:
 
     def roles(self) -> Iterator[tuple[str, str]]:
         """Yield role and job id of each job."""
-        yield "server", self.server
+        if self.server:
+            yield "server", self.server
         for index, job_id in enumerate(self.clients):
             yield f"client-{index}", job_id
 
@@ -60,10 +62,15 @@ def submit(config: Config, paths: RunPaths) -> Submission:
         If a job is refused; a server job that was accepted already is cancelled.
     """
     run_state.write(paths, "pending", "submitted")
-    if config.cluster.executor == "slurm":
-        submission = _submit_slurm(config, paths)
-    else:
-        submission = _submit_local(config, paths)
+    start = _submit_slurm if config.cluster.executor == "slurm" else _submit_local
+    submission = Submission(config.cluster.executor, "")
+    try:
+        start(config, paths, submission)
+    except BaseException as error:
+        files.write_json(paths.submission, asdict(submission))
+        cancel(paths)
+        run_state.write(paths, "failed", f"not submitted: {error!r}", exit_code=75)
+        raise
     files.write_json(paths.submission, asdict(submission))
     return submission
 
@@ -71,7 +78,7 @@ def submit(config: Config, paths: RunPaths) -> Submission:
 # --- local ---
 
 
-def _submit_local(config: Config, paths: RunPaths) -> Submission:
+def _submit_local(config: Config, paths: RunPaths, submission: Submission) -> None:
     import submitit
 
     cluster = config.cluster
@@ -81,7 +88,6 @@ def _submit_local(config: Config, paths: RunPaths) -> Submission:
     )
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = min(cluster.array_tasks, cluster.max_parallel or cluster.array_tasks)
-    submission = Submission("local", "")
     with _untouched_by_terminal():
         try:
             job = executor.submit(_with_gpus, gpus, server.run, str(paths.root))
@@ -90,10 +96,7 @@ def _submit_local(config: Config, paths: RunPaths) -> Submission:
                 job = executor.submit(_with_gpus, gpus, client.run, str(paths.root), index)
                 submission.clients.append(job.job_id)
         except OSError as error:
-            files.write_json(paths.submission, asdict(submission))
-            cancel(paths)
             raise SubmissionError(f"a local process could not be started: {error}") from error
-    return submission
 
 
 def _with_gpus(gpus: str | None, function: Callable[..., None], *args: Any) -> None:
@@ -112,8 +115,8 @@ def _untouched_by_terminal() -> Iterator[None]:
     An ignored signal stays ignored in a new program; submit itself decides what a Ctrl-C means.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
-    hash_seed = os.environ.get("PYTHONHASHSEED")
-    os.environ["PYTHONHASHSEED"] = "0"  # the order of sets in strategies is the same in every run
+    env = {name: os.environ.get(name) for name in _JOB_ENV}
+    os.environ.update(_JOB_ENV)
     for number in before:
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -121,35 +124,35 @@ def _untouched_by_terminal() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        if hash_seed is None:
-            del os.environ["PYTHONHASHSEED"]
-        else:
-            os.environ["PYTHONHASHSEED"] = hash_seed
+        for name, value in env.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 # --- Slurm ---
 
 
-def _submit_slurm(config: Config, paths: RunPaths) -> Submission:
+def _submit_slurm(config: Config, paths: RunPaths, submission: Submission) -> None:
     import submitit
 
     cluster = config.cluster
-    submission = Submission("slurm", "")
+    setup = [f"export {name}={value}" for name, value in _JOB_ENV.items()] + cluster.setup
     try:
         executor = submitit.SlurmExecutor(folder=paths.jobs, python=cluster.python)
         executor.update_parameters(
             **slurm_parameters(cluster, cluster.server, f"{config.name}-server"),
-            setup=cluster.setup,
+            setup=setup,
         )
         submission.server = executor.submit(server.run, str(paths.root)).job_id
-        files.write_json(paths.submission, asdict(submission))
         executor = submitit.SlurmExecutor(folder=paths.jobs, python=cluster.python)
         parameters = slurm_parameters(cluster, cluster.clients, f"{config.name}-clients")
         parameters["additional_parameters"]["dependency"] = f"after:{submission.server}"
         executor.update_parameters(
             **parameters,
             array_parallelism=cluster.max_parallel or cluster.array_tasks,
-            setup=cluster.setup,
+            setup=setup,
         )
         with executor.batch():
             jobs = [
@@ -157,10 +160,7 @@ def _submit_slurm(config: Config, paths: RunPaths) -> Submission:
             ]
         submission.clients = [job.job_id for job in jobs]
     except (submitit.core.utils.FailedJobError, RuntimeError, OSError) as error:
-        if submission.server:
-            _scancel([submission.server])
         raise SubmissionError(f"Slurm refused a job: {error}") from error
-    return submission
 
 
 def slurm_parameters(common: JobOptions, special: JobOptions, name: str) -> dict[str, Any]:
@@ -176,6 +176,9 @@ def slurm_parameters(common: JobOptions, special: JobOptions, name: str) -> dict
         "account": options["account"],
         "qos": options["qos"],
         "constraint": options["constraint"],
+        "ntasks_per_node": 1,  # Slurm refuses gpus_per_task without
+        # submitit's 90 s before the limit would be most of a short job.
+        "signal_delay_s": min(90, (options["time_min"] or 1e9) * 60 // 6),
         "time": options["time_min"],  # without: the partition's, where submitit would say 5
         "mem": mem_gb and f"{mem_gb * 1000:.0f}M",
         "cpus_per_task": options["cpus_per_task"],
@@ -202,6 +205,8 @@ def _is_queued(job_id: str) -> bool:
 
 def _scancel(job_ids: list[str]) -> None:
     arrays = sorted({job_id.split("_")[0] for job_id in job_ids})
+    if not arrays:
+        return
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         subprocess.run(["scancel", *arrays], check=False, timeout=_SLURM_TIMEOUT_S)  # noqa: S607
 
@@ -239,7 +244,7 @@ def cancel(paths: RunPaths) -> None:
     if submission is None:
         return
     if submission.executor == "slurm":
-        _scancel([*submission.clients, submission.server])
+        _scancel([job_id for job_id in (*submission.clients, submission.server) if job_id])
         return
     for number, timeout_s in ((signal.SIGTERM, _TERM_TIMEOUT_S), (signal.SIGKILL, _KILL_TIMEOUT_S)):
         for role, job_id in reversed(list(submission.roles())):
@@ -257,13 +262,6 @@ def wait_for_end(paths: RunPaths, submission: Submission, timeout_s: float) -> l
     """Wait until the local processes are gone; return the roles that are not."""
     files.wait_until(lambda: not alive(paths, submission), timeout_s)
     return alive(paths, submission)
-
-
-def choose_executor(config: Config) -> str:
-    """Return the executor that ``auto`` stands for here."""
-    if config.cluster.executor != "auto":
-        return config.cluster.executor
-    return "slurm" if environment.has_slurm() else "local"
 
 
 def log_paths(paths: RunPaths, job_id: str) -> list[Path]:

@@ -1,7 +1,6 @@
 """What the machine and Slurm tell this process: the only reader of ``SLURM_*``."""
 
 import os
-import shutil
 import socket
 from dataclasses import dataclass
 
@@ -50,8 +49,3 @@ def current() -> Environment:
         cpus=cpus,
         on_slurm=on_slurm,
     )
-
-
-def has_slurm() -> bool:
-    """Return whether this machine can submit to Slurm."""
-    return shutil.which("sbatch") is not None

@@ -85,5 +85,9 @@ class FitDied(RunError):
     """A child ended without a reply: killed by a signal, exited, or past its deadline."""
 
 
+class ForkServerDied(FitDied):
+    """The fork server ended and took the child with it: the same call may work again."""
+
+
 class CheckpointError(RunError):
     """A checkpoint is missing or damaged."""

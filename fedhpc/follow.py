@@ -1,5 +1,6 @@
 """Watch a run from outside, by what lies in its folder, and say how it ended."""
 
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from fedhpc.paths import RunPaths
 
 _PAUSE_S = 0.2
 _GRACE_S = 3.0
+_CLIENTS_GRACE_S = 15.0
 _ASK_SLURM_S = 10.0
 _LOG_LINES = 20
 
@@ -50,28 +52,46 @@ class Follower:
                 show(status)
                 if status["state"] in run_state.ENDED:
                     return status
-                if self._server_lives():
+                gone, grace_s = self._who_is_gone()
+                if gone is None:
                     dead_since_s = None
                 else:
                     dead_since_s = dead_since_s or time.monotonic()
                     self._ask_s = 0.0
-                    if time.monotonic() - dead_since_s > _GRACE_S:
-                        return self._died()
+                    if time.monotonic() - dead_since_s > grace_s:
+                        return self._died(gone)
                 time.sleep(_PAUSE_S)
 
-    def _server_lives(self) -> bool:
+    def _who_is_gone(self) -> tuple[str | None, float]:
+        """Return the role without which the run cannot go on, and how long to wait for its word."""
         now_s = time.monotonic()
-        if self._submission.executor == "slurm" and now_s < self._ask_s:
-            return True  # the controller serves many: it is asked rarely
+        local = self._submission.executor == "local"
+        if not local and now_s < self._ask_s:
+            return None, 0.0  # Slurm's controller serves many: it is asked rarely
         self._ask_s = now_s + _ASK_SLURM_S
-        return "server" in cluster.alive(self._paths, self._submission)
+        alive = cluster.alive(self._paths, self._submission)
+        if "server" not in alive:
+            return "server", _GRACE_S
+        if local and alive == ["server"]:
+            return "client-0", _CLIENTS_GRACE_S  # nothing here starts them again
+        return None, 0.0
 
-    def _died(self) -> dict[str, Any]:
-        logs = cluster.log_paths(self._paths, self._submission.server)
-        reason = f"the server process ended without a word; its log: {logs[-1]}"
-        run_state.write(self._paths, "failed", reason, exit_code=1)
-        for line in _tail(logs[-1]):
-            self._console.print(line, style="dim", markup=False, highlight=False)
+    def _died(self, role: str) -> dict[str, Any]:
+        """End what is left of a run that cannot go on, and say why."""
+        job_id = dict(self._submission.roles())[role]
+        log = cluster.log_paths(self._paths, job_id)[-1]
+        for line in _tail(log):
+            self._console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
+        who = "the server process" if role == "server" else "every array task"
+        if log.exists():
+            reason = f"{who} ended without a word; its log: {log}"
+        else:
+            reason = f"job {job_id} ({role}) was gone before it started"
+        cluster.cancel(self._paths)
+        shutil.rmtree(self._paths.secrets, ignore_errors=True)
+        known = run_state.read(self._paths) | {"exit_code": 1}
+        del known["state"], known["reason"]
+        run_state.write(self._paths, "failed", reason, **known)
         return run_state.read(self._paths)
 
     @contextmanager
@@ -136,9 +156,8 @@ class Follower:
         evaluated = [line for line in lines if "evaluate" in line or "evaluate_clients" in line]
         if evaluated:
             metrics = evaluated[-1].get("evaluate") or evaluated[-1]["evaluate_clients"]
-            for name in ("loss", "accuracy", "f1"):
-                if name in metrics:
-                    table.add_row(name, f"{metrics[name]:.4f}")
+            for name in _shown(metrics, ("loss", "accuracy", "f1")):
+                table.add_row(name, f"{metrics[name]:.4f}")
         if failed := status.get("fits_failed"):
             table.add_row("failed fits", f"{failed}, see {self._paths.errors}")
         table.add_row("wall time", _duration(time.monotonic() - self._start_s))
@@ -149,13 +168,14 @@ class Follower:
 
 
 def _summary(metrics: dict[str, Any]) -> str:
-    wanted = ("loss", "accuracy", "train_loss")
-    shown = [
-        f"{name} {metrics[name]:.4f}"
-        for name in wanted
-        if isinstance(metrics.get(name), int | float)
-    ]
-    return "  ".join(shown)
+    names = _shown(metrics, ("loss", "accuracy", "train_loss"))
+    return "  ".join(f"{name} {metrics[name]:.4f}" for name in names)
+
+
+def _shown(metrics: dict[str, Any], wanted: tuple[str, ...]) -> list[str]:
+    """Return the names of the metrics to show: the usual ones, or the first of an app's own."""
+    numbers = [name for name, value in metrics.items() if isinstance(value, int | float)]
+    return [name for name in wanted if name in numbers] or numbers[:3]
 
 
 def _duration(seconds: float) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
-from fedhpc import files
+from fedhpc import files, run_state
 from fedhpc.errors import PlatformError, RendezvousTimeout
 from fedhpc.paths import RunPaths, latest_attempt
 
@@ -140,7 +140,7 @@ class Seeker:
         self._unreachable = found
 
     def wait(self, timeout_s: float, stopped: Callable[[], bool]) -> Rendezvous | None:
-        """Return a live server; None if ``stopped`` turned true.
+        """Return a live server; None if ``stopped`` turned true or the run has ended.
 
         A server that has ended is returned too: look at the phase.
 
@@ -155,9 +155,9 @@ class Seeker:
 
         def ready() -> bool:
             nonlocal why
-            if stopped():
-                return True
             files.refresh_directory(self._paths.root)
+            if stopped() or run_state.read(self._paths)["state"] in run_state.ENDED:
+                return True
             found = read(self._paths)
             reason = self._reject(found)
             if reason is None and found is not None:

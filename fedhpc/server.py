@@ -69,7 +69,14 @@ class Server:
                     with self._links_open() as transport:
                         self._run_app(transport)
         except _Stop as stop:
-            return self._end("cancelled", f"the server was stopped by {stop}", stop=stop)
+            why = f"the server was stopped by {stop}"
+            if stop.signum == signal.SIGUSR2:
+                why += ": its time limit (cluster.time_min) is near, or it is preempted"
+            return self._end("cancelled", why, stop=stop)
+        except KeyboardInterrupt:  # the debug executor runs in a terminal
+            return self._end("cancelled", "by Ctrl-C", _KILLED_BY_SIGNAL + signal.SIGINT)
+        except SystemExit as error:
+            return self._end("failed", f"the ServerApp called exit({error.code})")
         except FedHPCError as error:
             return self._end("failed", str(error), error.exit_code)
         except Exception as error:

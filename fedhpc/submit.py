@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from enum import StrEnum
@@ -187,17 +188,21 @@ def _start(resolved: Config, paths: RunPaths, follow: bool) -> int:
     submission = cluster.submit(resolved, paths)
     local = submission.executor == "local"
     if not follow:
-        typer.echo(f"server job {submission.server}, array tasks {len(submission.clients)}")
+        typer.echo(f"server job {submission.server}, array tasks {', '.join(submission.clients)}")
         return 0
     follower = Follower(paths, submission, Console())
     try:
+        if local:  # timeout(1), a closed terminal: as a Ctrl-C
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.default_int_handler)
         status = follower.until_end()
         if local and (left := cluster.wait_for_end(paths, submission, 15.0)):
             typer.echo(f"still running after 15 s, ended by force: {', '.join(left)}", err=True)
             cluster.cancel(paths)
     except KeyboardInterrupt:
         if not local:
-            typer.echo("\ndetached; the jobs go on. Cancel them with scancel.")
+            jobs = sorted({job.split("_")[0] for _, job in submission.roles()})
+            typer.echo(f"\ndetached; the jobs go on. To cancel them: scancel {' '.join(jobs)}")
             return 0
         return _cancel_local(paths)
     follower.print_result(status)
@@ -205,13 +210,13 @@ def _start(resolved: Config, paths: RunPaths, follow: bool) -> int:
 
 
 def _cancel_local(paths: RunPaths) -> int:
-    import signal
-
     from fedhpc import cluster, run_state
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it
     typer.echo("\ncancelling the local run ...")
     cluster.cancel(paths)
+    shutil.rmtree(paths.secrets, ignore_errors=True)
     if run_state.read(paths)["state"] not in run_state.ENDED:
         run_state.write(paths, "cancelled", "by Ctrl-C", exit_code=_CANCELLED)
     typer.echo(f"cancelled; every process is gone. Run folder: {paths.root}")

@@ -79,13 +79,6 @@ class BlobStore:
             for digest in self._digests_of.pop(message_id, ()):
                 self._users[digest].discard(message_id)
 
-    def clear(self) -> None:
-        """Remove all."""
-        with self._lock:
-            for digest in list(self._users):
-                self._remove(digest)
-            self._digests_of.clear()
-
     def parts(self, digest: str) -> list[BytesLike]:
         """Return the bytes of a blob."""
         with self._lock:

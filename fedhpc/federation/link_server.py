@@ -89,6 +89,7 @@ class LinkServer:
     ) -> None:
         self._machine = machine
         self._options = options
+        self._paths = paths
         self._store = BlobStore(paths, options.inline_bytes)
         self._credentials = credentials
         self._peers: dict[int, _Peer] = {}
@@ -115,7 +116,9 @@ class LinkServer:
             self._await(self._say_goodbye(reason, timeout_s), timeout_s + 5)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(timeout_s)
-        self._store.clear()
+        # With them go the files of results that came late or twice.
+        for path in self._paths.blobs.iterdir():
+            path.unlink(missing_ok=True)
 
     @property
     def array_tasks_connected(self) -> int:
@@ -161,6 +164,8 @@ class LinkServer:
             for message_id in gone:
                 self._machine.withdraw(message_id)
                 self._forget(message_id)
+                with self._news:
+                    self._responses.pop(message_id, None)
             self._act()
 
         self._loop.call_soon_threadsafe(withdraw)
@@ -274,7 +279,7 @@ class LinkServer:
             logger.info("array task %d is gone: %s", hello.array_task, reason)
             self._machine.leave(peer.number, reason)
             self._act()
-        if peer.dropped.done():
+        if peer.dropped.done() and not peer.dropped.cancelled():
             await context.abort(grpc.StatusCode.ABORTED, reason)
 
     async def _read(self, peer: _Peer, requests: AsyncIterator[grid_pb2.FromArrayTask]) -> None:
@@ -288,6 +293,8 @@ class LinkServer:
     async def _write(self, peer: _Peer, context: _Context) -> None:
         while (event := await peer.outgoing.get()) is not None:
             if event.HasField("work"):
+                if event.work.message_id not in self._requests:
+                    continue  # answered or withdrawn while the peer was slow
                 for blob in event.work.blobs:
                     if blob.in_file or blob.digest in peer.sent:
                         continue

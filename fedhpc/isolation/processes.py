@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from fedhpc.errors import FitDied, FitFailed, PlatformError
+from fedhpc.errors import FitDied, FitFailed, ForkServerDied, PlatformError
 from fedhpc.isolation import channel
 from fedhpc.isolation.launcher import Launcher
 from fedhpc.isolation.slots import Slot
@@ -301,7 +301,7 @@ class ChildPool:
             )
         code = child.exit_code
         if code is None:
-            return FitDied("the fork server ended, and the child with it", "see its log")
+            return ForkServerDied("the fork server ended, and the child with it", "see its log")
         if code >= 0:
             return FitDied(
                 f"the child exited with code {code} before it replied",

@@ -4,6 +4,7 @@ import os
 import re
 import signal
 import stat
+from pathlib import Path
 
 import pytest
 from support import Submitter, eventually, processes_of
@@ -142,8 +143,42 @@ def test_the_array_task_stays_small_however_many_clients_there_are(submitter: Su
 
 def _peak_mb(pid: int) -> float:
     try:
-        with open(f"/proc/{pid}/status", encoding="utf-8") as file:  # noqa: PTH123
-            lines = dict(line.split(":", 1) for line in file)
+        text = Path(f"/proc/{pid}/status").read_text()
+        lines = dict(line.split(":", 1) for line in text.splitlines())
         return int(lines["VmHWM"].split()[0]) / 1024
     except (OSError, KeyError):
         return 0.0
+
+
+def test_a_run_whose_last_array_task_died_is_ended_and_reported(submitter: Submitter) -> None:
+    process = submitter.start(["federation.num_rounds=1000"])
+    eventually(lambda: list(submitter.runs_dir.glob("*/fits.jsonl")), 60)
+    paths = submitter.newest()
+    os.kill(read_json(paths.process("client-0"))["pid"], signal.SIGKILL)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 1, output
+    assert "every array task ended without a word" in output
+    assert run_state.read(paths)["state"] == "failed"
+    assert not paths.secrets.exists()
+
+
+def test_a_terminated_submit_cancels_its_local_run(submitter: Submitter) -> None:
+    process = submitter.start(["federation.num_rounds=1000"])
+    eventually(lambda: list(submitter.runs_dir.glob("*/fits.jsonl")), 60)
+    paths = submitter.newest()
+    process.terminate()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, output
+    assert processes_of(paths) == []
+
+
+def test_a_killed_fork_server_costs_no_client(submitter: Submitter) -> None:
+    process = submitter.start(["training.epochs=40", "federation.num_rounds=3"])
+    eventually(lambda: list(submitter.runs_dir.glob("*/fits.jsonl")), 60)
+    paths = submitter.newest()
+    client = read_json(paths.process("client-0"))["pid"]
+    (fork_server,) = Path(f"/proc/{client}/task/{client}/children").read_text().split()
+    os.kill(int(fork_server), signal.SIGKILL)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+    assert all(fit["ok"] for fit in read_lines(paths.fits))
