@@ -43,20 +43,18 @@ def main() -> None:
     ratios: dict[str, list[float]] = {mode: [] for mode in options.modes}
     with tempfile.TemporaryDirectory() as folder:
         for repeat in range(options.repeats):
-            bare_s: dict[int, tuple[float, float]] = {}
             for mode in options.modes:
                 rounds = options.spawn_rounds if mode == "spawn" else options.rounds
                 run_dir, cpu_s = federate(folder, rounds, [*data, *MODES[mode]])
                 lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line["round"]]
                 seconds = steady([line["round_s"] for line in lines[:-1]])
-                if rounds not in bare_s:
-                    bare_s[rounds] = run_bare(run_dir, rounds)
-                ratio = seconds / bare_s[rounds][0]
+                bare_s, bare_cpu_s = run_bare(run_dir, rounds)  # each time: the machine drifts
+                ratio = seconds / bare_s
                 ratios[mode].append(ratio)
                 print(
                     f"{repeat + 1}: {mode:<20} {seconds:6.3f} s a round, bare"
-                    f" {bare_s[rounds][0]:6.3f} s, ratio {ratio:6.2f};"
-                    f" CPU of the whole run {cpu_s:5.1f} s, bare {bare_s[rounds][1]:5.1f} s",
+                    f" {bare_s:6.3f} s, ratio {ratio:6.2f};"
+                    f" CPU of the whole run {cpu_s:5.1f} s, bare {bare_cpu_s:5.1f} s",
                     flush=True,
                 )
     print(f"\n{os.cpu_count()} cores; ratio to bare, median (min to max):")
