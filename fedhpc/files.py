@@ -5,29 +5,33 @@ import errno
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from fedhpc.errors import PlatformError
 
 
-def write_atomic(path: Path, data: bytes | str, mode: int = 0o644) -> None:
+def write_atomic(
+    path: Path, data: str | bytes | Sequence[bytes | bytearray | memoryview], mode: int = 0o644
+) -> None:
     """Write a file so that a reader sees the old content or the new, never a part.
 
-    The data goes into a file beside it (unique per process), is synced, and replaces ``path``.
+    The data (text, bytes, or bytes in parts) goes into a file beside it (unique per process), is
+    synced, and replaces ``path``.
 
     Raises
     ------
     PlatformError
         If the disk refuses it (full, read-only, no permission).
     """
-    raw = data.encode() if isinstance(data, str) else data
+    text = data.encode() if isinstance(data, str) else data
+    parts = [text] if isinstance(text, bytes) else text
     beside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
         fd = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode)
         with os.fdopen(fd, "wb") as file:
-            file.write(raw)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -37,7 +41,8 @@ def write_atomic(path: Path, data: bytes | str, mode: int = 0o644) -> None:
         if not isinstance(error, OSError):
             raise
         raise PlatformError(
-            f"could not write {path}: {error.strerror}", "check space and permissions of the disk"
+            f"could not write {path}: {error.strerror}",
+            "check space, quota and permissions of the disk",
         ) from error
 
 

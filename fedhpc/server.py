@@ -16,7 +16,6 @@ from typing import Any
 from fedhpc import config, environment, files, logging_setup, network, rendezvous, run_state
 from fedhpc.errors import FedHPCError, PlatformError, RunError
 from fedhpc.federation import apps, certificates, compat, dispatch, fit
-from fedhpc.federation.blobs import write_blob
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.inprocess import InProcess
 from fedhpc.federation.link_server import LinkOptions, LinkServer
@@ -155,7 +154,7 @@ class Server:
         app = apps.load_server(spec)
         app(grid, apps.server_context(spec, self._paths.run_id))
         if rounds.final_arrays is not None:
-            write_blob(self._paths.model, encode_arrays(rounds.final_arrays).parts)
+            files.write_atomic(self._paths.model, encode_arrays(rounds.final_arrays).parts)
         else:
             logger.warning("the app did not run a strategy's start(): no model.safetensors")
 

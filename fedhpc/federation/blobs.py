@@ -1,40 +1,12 @@
-"""Blobs as files of the run folder, and the blobs that the server's open messages refer to."""
+"""The blobs that the server's open messages refer to, in memory or as files."""
 
-import contextlib
-import os
 import threading
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
-from fedhpc.errors import PlatformError
 from fedhpc.federation import grid_pb2
 from fedhpc.federation.payload import Blob, BytesLike
+from fedhpc.files import write_atomic
 from fedhpc.paths import RunPaths
-
-
-def write_blob(path: Path, parts: Sequence[BytesLike]) -> None:
-    """Write a blob's file, whole or not at all.
-
-    Raises
-    ------
-    PlatformError
-        If the disk refuses it.
-    """
-    beside = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.writelines(parts)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        if not isinstance(error, OSError):
-            raise
-        raise PlatformError(
-            f"could not write {path}: {error.strerror}", "check space and quota of the disk"
-        ) from error
 
 
 class BlobStore:
@@ -61,7 +33,7 @@ class BlobStore:
         new = {blob.digest: blob for blobs in blobs_of.values() for blob in blobs}
         for digest, blob in new.items():
             if self._is_file(blob) and digest not in self._blobs:
-                write_blob(self._paths.blob(digest), blob.parts)
+                write_atomic(self._paths.blob(digest), blob.parts)
         with self._lock:
             self._blobs.update(new)
             for message_id, blobs in blobs_of.items():

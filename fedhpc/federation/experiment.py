@@ -37,8 +37,12 @@ class Experiment:
             raise PlatformError(f"could not read {self.paths.data}", "it is written by submit")
         packed = Path(prepared["packed"])
         if self.config.data.stage_to is not None:
-            target = Path(os.path.expandvars(self.config.data.stage_to)).expanduser()
-            packed = data.stage(packed, target)
+            target = os.path.expandvars(self.config.data.stage_to)
+            if "$" in target:
+                raise PlatformError(
+                    f"data.stage_to: expected its variables to be set on this node, found {target}"
+                )
+            packed = data.stage(packed, Path(target).expanduser())
         return data.open_dataset(packed)
 
     @cached_property

@@ -11,8 +11,8 @@ from flwr.app import Message
 
 from fedhpc import config
 from fedhpc.federation import apps, compat, grid_pb2, seeds
-from fedhpc.federation.blobs import write_blob
 from fedhpc.federation.payload import ArrayCache, Blob, BytesLike, pack, unpack
+from fedhpc.files import write_atomic
 from fedhpc.isolation.devices import device_of_this_child
 from fedhpc.paths import RunPaths
 
@@ -111,7 +111,7 @@ def execute(
         result.blobs.add(digest=blob.digest, size=blob.size, in_file=in_file)
         if in_file:
             path = prepared.paths.result_blob(work.message_id, blob.digest)
-            write_blob(path, blob.parts)
+            write_atomic(path, blob.parts)
         else:
             inline.append(blob)
     return result, inline

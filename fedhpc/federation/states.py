@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from flwr.app import ArrayRecord, RecordDict
 
 from fedhpc.federation import compat
-from fedhpc.federation.blobs import write_blob
 from fedhpc.federation.payload import decode_arrays, encode_arrays
+from fedhpc.files import write_atomic
 from fedhpc.paths import RunPaths
 
 
@@ -77,7 +77,7 @@ class ClientStates:
         skeleton = RecordDict()
         for name, record in state.items():
             if isinstance(record, ArrayRecord):
-                write_blob(self._paths.state_blob(client_id, name), encode_arrays(record).parts)
+                write_atomic(self._paths.state_blob(client_id, name), encode_arrays(record).parts)
                 skeleton[name] = compat.without_data(record)
             else:
                 skeleton[name] = record

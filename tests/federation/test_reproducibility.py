@@ -2,6 +2,7 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from support import Run, Submitter, eventually
@@ -39,6 +40,15 @@ def test_the_final_model_is_the_same_with(
 
 def test_the_final_model_is_the_same_in_one_process(submitter: Submitter, reference: Run) -> None:
     assert submitter.run(executor="debug").checksum == reference.checksum
+
+
+def test_the_final_model_is_the_same_from_data_staged_to_the_node(
+    submitter: Submitter, reference: Run, tmp_path: Path
+) -> None:
+    stage = tmp_path / "stage"
+    run = submitter.run(["data.stage_to=$NODE_DISK/stage"], env={"NODE_DISK": str(tmp_path)})
+    assert run.checksum == reference.checksum
+    assert list(stage.glob("digits-*/train_images.npy"))
 
 
 def test_the_final_model_is_another_one_with_another_seed(
