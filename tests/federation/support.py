@@ -84,6 +84,8 @@ class Submitter:
             cwd=REPOSITORY,
             env={**os.environ, **(env or {})},
             start_new_session=True,
+            # A test run in the background ignores Ctrl-C, and would hand that down.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
     def run(self, sets: Sequence[str] = (), timeout_s: float = 150, **more: Any) -> Run:
