@@ -95,17 +95,8 @@ def load_client(spec: AppSpec) -> ClientCallable:
     ConfigError
         If the reference leads to no ClientApp.
     """
-    app = _load(spec, "client", spec.client)
-    if not isinstance(app, ClientApp):
-        raise ConfigError(
-            "app", [f"client: expected a ClientApp in {spec.client}, found {type(app).__name__}"]
-        )
-    mods = [_load(spec, "mods", reference) for reference in spec.mods]
-    for reference, mod in zip(spec.mods, mods, strict=True):
-        if not callable(mod):
-            raise ConfigError(
-                "app", [f"mods: expected a function in {reference}, found {type(mod).__name__}"]
-            )
+    app: ClientApp = _load(spec, "client", spec.client, ClientApp, "a ClientApp")
+    mods = [_load(spec, "mods", reference, Callable, "a function") for reference in spec.mods]
     return compat.apply_mods(app, mods) if mods else app
 
 
@@ -117,11 +108,7 @@ def load_server(spec: AppSpec) -> ServerApp:
     ConfigError
         If the reference leads to no ServerApp.
     """
-    app = _load(spec, "server", spec.server)
-    if not isinstance(app, ServerApp):
-        raise ConfigError(
-            "app", [f"server: expected a ServerApp in {spec.server}, found {type(app).__name__}"]
-        )
+    app: ServerApp = _load(spec, "server", spec.server, ServerApp, "a ServerApp")
     return app
 
 
@@ -149,13 +136,19 @@ def server_context(spec: AppSpec, run_id: str) -> Context:
     )
 
 
-def _load(spec: AppSpec, key: str, reference: str) -> Any:
+def _load(spec: AppSpec, key: str, reference: str, kind: Any, what: str) -> Any:
+    """Import what a reference names and check that it is of a kind."""
     if spec.folder is not None and str(spec.folder) not in sys.path:
         sys.path.insert(0, str(spec.folder))
     try:
-        return resolve(reference)
+        found = resolve(reference)
     except (ImportError, AttributeError) as error:
         where = spec.folder or "the Python path"
         raise ConfigError(
             "app", [f"{key}: could not load {reference} from {where}: {error}"]
         ) from error
+    if not isinstance(found, kind):
+        raise ConfigError(
+            "app", [f"{key}: expected {what} in {reference}, found {type(found).__name__}"]
+        )
+    return found
