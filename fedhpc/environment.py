@@ -30,6 +30,25 @@ class Environment:
     on_slurm: bool
 
 
+# What a job's own environment says of itself; a job that is submitted from inside it must not see
+# it. SLURM_CONF and SBATCH_* are the user's and the site's.
+_OF_THE_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI_", "PMIX_", "FEDHPC_ARRAY_TASK")
+_ITS_GPUS = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES")
+_OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
+
+
+def for_new_jobs() -> dict[str, str]:
+    """Return the environment for commands that submit a job: nothing of an outer job leaks."""
+    drop: tuple[str, ...] = _OF_THE_JOB
+    if "SLURM_JOB_ID" in os.environ:
+        drop += _ITS_GPUS
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _OF_THE_SITE or not name.startswith(drop)
+    }
+
+
 def current() -> Environment:
     """Read the environment of this process."""
     env = os.environ

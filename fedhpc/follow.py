@@ -1,6 +1,6 @@
 """Watch a run from outside, by what lies in its folder, and say how it ended."""
 
-import shutil
+import contextlib
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,14 +11,16 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from fedhpc import cluster, files, run_state
-from fedhpc.cluster import Submission
+from fedhpc import cluster, config, files, inspection, run_state
+from fedhpc.cluster import submission
+from fedhpc.errors import PlatformError
 from fedhpc.paths import RunPaths
 
 _PAUSE_S = 0.2
-_GRACE_S = 3.0
-_CLIENTS_GRACE_S = 15.0
-_ASK_SLURM_S = 10.0
+_ASK_LOCAL_S = 1.0
+_FIRST_ASK_SLURM_S = 3.0
+_MAX_ASK_SLURM_S = 20.0
+_LAST_CLIENT_S = 15.0
 _LOG_LINES = 20
 
 
@@ -29,70 +31,91 @@ class Follower:
     ----------
     paths : RunPaths
         Of the run.
-    submission : Submission
-        Its jobs.
     console : Console
         Where to show it: bars in a terminal, a line a round elsewhere.
     """
 
-    def __init__(self, paths: RunPaths, submission: Submission, console: Console) -> None:
+    def __init__(self, paths: RunPaths, console: Console) -> None:
         self._paths = paths
-        self._submission = submission
+        self._cluster = config.load(paths.config).cluster
+        self._local = self._cluster.executor != "slurm"
         self._console = console
         self._rounds_shown = 0
-        self._ask_s = 0.0
         self._start_s = time.monotonic()
+        self._pause_s = _ASK_LOCAL_S if self._local else _FIRST_ASK_SLURM_S
+        self._ask_s = self._start_s + self._pause_s
+        self._alone_since_s: float | None = None
+        self._waiting = ""
 
     def until_end(self) -> dict[str, Any]:
         """Show progress until the run has ended; return the last status."""
         with self._bars() as show:
-            dead_since_s: float | None = None
             while True:
                 status = run_state.read(self._paths)
+                if status["state"] not in run_state.ENDED and time.monotonic() > self._ask_s:
+                    status = self._look()
                 show(status)
                 if status["state"] in run_state.ENDED:
+                    self._show_log(status)
                     return status
-                gone, grace_s = self._who_is_gone()
-                if gone is None:
-                    dead_since_s = None
-                else:
-                    dead_since_s = dead_since_s or time.monotonic()
-                    self._ask_s = 0.0
-                    if time.monotonic() - dead_since_s > grace_s:
-                        return self._died(gone)
                 time.sleep(_PAUSE_S)
 
-    def _who_is_gone(self) -> tuple[str | None, float]:
-        """Return the role without which the run cannot go on, and how long to wait for its word."""
-        now_s = time.monotonic()
-        local = self._submission.executor == "local"
-        if not local and now_s < self._ask_s:
-            return None, 0.0  # Slurm's controller serves many: it is asked rarely
-        self._ask_s = now_s + _ASK_SLURM_S
-        alive = cluster.alive(self._paths, self._submission)
-        if "server" not in alive:
-            return "server", _GRACE_S
-        if local and alive == ["server"]:
-            return "client-0", _CLIENTS_GRACE_S  # nothing here starts them again
-        return None, 0.0
+    def wait_for_processes(self, timeout_s: float) -> list[str]:
+        """Wait until the processes of a local run are gone; return the roles that are not."""
+        left: list[str] = []
 
-    def _died(self, role: str) -> dict[str, Any]:
-        """End what is left of a run that cannot go on, and say why."""
-        job_id = dict(self._submission.roles())[role]
-        log = cluster.log_paths(self._paths, job_id)[-1]
-        for line in _tail(log):
+        def gone() -> bool:
+            jobs = inspection.inspect(self._paths).jobs
+            left[:] = [role for role, job in jobs.items() if job.state == "RUNNING"]
+            return not left
+
+        files.wait_until(gone, timeout_s)
+        return left
+
+    def _look(self) -> dict[str, Any]:
+        """Check the run's state against its jobs, and end a run that cannot go on."""
+        standing = inspection.inspect(self._paths)
+        if not self._local:  # Slurm's controller serves many: it is asked more and more rarely
+            self._pause_s = min(1.5 * self._pause_s, _MAX_ASK_SLURM_S)
+        now_s = time.monotonic()
+        self._ask_s = now_s + self._pause_s
+        self._waiting = _pending(standing)
+        reason = self._why_hopeless(standing, now_s)
+        ended = standing.status["state"] in run_state.ENDED
+        if reason or (ended and standing.status["state"] != "finished"):
+            with contextlib.suppress(PlatformError):
+                cluster.cancel(self._paths)
+        if reason and not ended:
+            inspection.settle(self._paths, reason)
+            return run_state.read(self._paths)
+        return standing.status
+
+    def _why_hopeless(self, standing: inspection.Standing, now_s: float) -> str | None:
+        server = standing.jobs.get("server")
+        clients = [job for role, job in standing.jobs.items() if role != "server"]
+        limit_s = 60 * self._cluster.pending_timeout_min
+        if server and server.pending and now_s - self._start_s > limit_s:
+            return (
+                f"cluster.pending_timeout_min: the server job {server.job_id} did not start within"
+                f" {limit_s / 60:g} min: {server.describe()}"
+            )
+        alone = self._local and clients and all(job.ended for job in clients)
+        self._alone_since_s = (self._alone_since_s or now_s) if alone else None
+        if self._alone_since_s and now_s - self._alone_since_s > _LAST_CLIENT_S:
+            return "every array task ended without a word"  # and nothing here starts them again
+        return None
+
+    def _show_log(self, status: dict[str, Any]) -> None:
+        """Show the end of the log of a run that ended without a word of its own."""
+        jobs = submission.read(self._paths)
+        if status["state"] == "finished" or jobs is None or not jobs.server:
+            return
+        job_id = jobs.server
+        if "array task" in status["reason"] and jobs.clients:
+            job_id = jobs.clients[0]
+        lines = _tail(cluster.log_paths(self._paths, job_id)[-1])
+        for line in lines:
             self._console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
-        who = "the server process" if role == "server" else "every array task"
-        if log.exists():
-            reason = f"{who} ended without a word; its log: {log}"
-        else:
-            reason = f"job {job_id} ({role}) was gone before it started"
-        cluster.cancel(self._paths)
-        shutil.rmtree(self._paths.secrets, ignore_errors=True)
-        known = run_state.read(self._paths) | {"exit_code": 1}
-        del known["state"], known["reason"]
-        run_state.write(self._paths, "failed", reason, **known)
-        return run_state.read(self._paths)
 
     @contextmanager
     def _bars(self) -> Iterator[Any]:
@@ -115,6 +138,8 @@ class Follower:
         self, progress: Progress, rounds: TaskID, fits: TaskID, status: dict[str, Any]
     ) -> None:
         if status["state"] == "pending":
+            if self._waiting:
+                progress.update(rounds, note=self._waiting)
             return
         done = sum(1 for line in files.read_lines(self._paths.metrics) if line["round"] > 0)
         total = status.get("num_rounds") or None
@@ -122,7 +147,7 @@ class Follower:
         if total and status.get("round_s"):
             note += f"  ETA {_duration((total - done) * status['round_s'])}"
         if not done and not status.get("array_tasks"):
-            note = "waiting for array tasks"
+            note = self._waiting or "waiting for array tasks"
         progress.update(rounds, completed=done, total=total, note=note)
         failed = status.get("fits_failed")
         progress.update(
@@ -182,6 +207,16 @@ def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def _pending(standing: inspection.Standing) -> str:
+    """Say what the run waits for in the queue."""
+    server = standing.jobs.get("server")
+    if server is not None and server.pending:
+        expected = f", expected at {server.start}" if server.start else ""
+        return f"server job {server.job_id}: {server.describe()}{expected}"
+    waiting = [job for role, job in standing.jobs.items() if role != "server" and job.pending]
+    return f"{len(waiting)} array tasks: {waiting[0].describe()}" if waiting else ""
 
 
 def _tail(path: Path) -> list[str]:

@@ -32,13 +32,19 @@ def read(paths: RunPaths) -> dict[str, Any]:
 
 def register_process(paths: RunPaths, role: str, job_id: str) -> None:
     """Record this process, so that another one can find and signal it."""
-    record = {
+    value = {
         "pid": os.getpid(),
         "start_ticks": _start_ticks(os.getpid()),
         "host": socket.gethostname(),
         "job_id": job_id,
     }
-    files.write_json(paths.process(role), record)
+    files.write_json(paths.process(role), value)
+
+
+def record(paths: RunPaths, role: str) -> dict[str, Any]:
+    """Return what the latest process of a role recorded of itself; empty if none did."""
+    value = files.read_json(paths.process(role))
+    return value if isinstance(value, dict) else {}
 
 
 def live_pid(paths: RunPaths, role: str) -> int | None:
@@ -46,11 +52,11 @@ def live_pid(paths: RunPaths, role: str) -> int | None:
 
     The start time is compared, so that another process with the same pid is not mistaken for it.
     """
-    record = files.read_json(paths.process(role))
-    if not isinstance(record, dict) or record.get("host") != socket.gethostname():
+    found = record(paths, role)
+    if found.get("host") != socket.gethostname():
         return None
-    pid = record.get("pid")
-    if not isinstance(pid, int) or _start_ticks(pid) != record.get("start_ticks"):
+    pid = found.get("pid")
+    if not isinstance(pid, int) or _start_ticks(pid) != found.get("start_ticks"):
         return None
     return pid
 

@@ -28,6 +28,7 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 _PREFLIGHT_TIMEOUT_S = 3600.0  # a download may be part of it
 _CANCELLED = 130
+_LEAVE_TIMEOUT_S = 15.0
 
 
 class Executor(StrEnum):
@@ -168,12 +169,13 @@ def _run_here(paths: RunPaths) -> int:
     """Run everything in this process, for a debugger."""
     from rich.console import Console
 
-    from fedhpc.cluster import Submission
+    from fedhpc.cluster import Submission, submission
     from fedhpc.follow import Follower
     from fedhpc.run_state import read
     from fedhpc.server import Server
 
-    follower = Follower(paths, Submission("debug", ""), Console())
+    submission.write(paths, Submission("debug", str(os.getpid())))
+    follower = Follower(paths, Console())
     code = Server(paths).run()
     follower.print_result(read(paths))
     return code
@@ -188,21 +190,21 @@ def _start(resolved: Config, paths: RunPaths, follow: bool) -> int:
     submission = cluster.submit(resolved, paths)
     local = submission.executor == "local"
     if not follow:
-        typer.echo(f"server job {submission.server}, array tasks {', '.join(submission.clients)}")
+        jobs = ", ".join(reversed(submission.whole_jobs()))
+        typer.echo(f"submitted: {jobs}\nto see how it goes: fedhpc status {paths.root}")
         return 0
-    follower = Follower(paths, submission, Console())
+    follower = Follower(paths, Console())
     try:
         if local:  # timeout(1), a closed terminal: as a Ctrl-C
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.default_int_handler)
         status = follower.until_end()
-        if local and (left := cluster.wait_for_end(paths, submission, 15.0)):
-            typer.echo(f"still running after 15 s, ended by force: {', '.join(left)}", err=True)
+        if local and (left := follower.wait_for_processes(_LEAVE_TIMEOUT_S)):
+            typer.echo(f"still running after the end, ended by force: {', '.join(left)}", err=True)
             cluster.cancel(paths)
     except KeyboardInterrupt:
         if not local:
-            jobs = sorted({job.split("_")[0] for _, job in submission.roles()})
-            typer.echo(f"\ndetached; the jobs go on. To cancel them: scancel {' '.join(jobs)}")
+            typer.echo(f"\ndetached; the jobs go on. To cancel them: fedhpc cancel {paths.root}")
             return 0
         return _cancel_local(paths)
     follower.print_result(status)

@@ -176,13 +176,40 @@ class JobOptions(Section):
     account: StrictStr | None = Field(None, description="--account")
     qos: StrictStr | None = Field(None, description="--qos")
     constraint: StrictStr | None = Field(None, description="--constraint")
+    reservation: StrictStr | None = Field(None, description="--reservation")
+    nodelist: StrictStr | None = Field(None, description="--nodelist")
+    exclude: StrictStr | None = Field(None, description="--exclude")
     time_min: Positive | None = Field(None, description="--time, in minutes")
     mem_gb: Number | None = Field(None, gt=0, description="--mem, in GB")
     cpus_per_task: Positive | None = Field(None, description="--cpus-per-task")
-    gpus_per_task: Count | None = Field(None, description="--gpus-per-task")
-    gres: StrictStr | None = Field(None, description="--gres, where a site wants this instead")
+    gpus_per_task: Count | None = Field(
+        None, description="--gpus-per-task; of the array tasks, unless given for the server alone"
+    )
+    gres: StrictStr | None = Field(
+        None, description="--gres, where a site wants this instead of gpus_per_task"
+    )
+    comment: StrictStr | None = Field(None, description="--comment")
+    mail_user: StrictStr | None = Field(None, description="--mail-user")
+    mail_type: StrictStr | None = Field(None, description="--mail-type, e.g. END,FAIL")
+    export: StrictStr | None = Field(
+        None, description="--export: ALL (Slurm's default), NONE, or names of variables to forward"
+    )
     extra: dict[StrictStr, StrictBool | StrictInt | StrictStr] = Field(
-        default_factory=dict, description="any other sbatch option, by its long name"
+        default_factory=dict,
+        description="any other sbatch option, by its long name; true: an option without a value",
+    )
+
+
+class Container(Section):
+    """An image that the Slurm jobs run in; it holds Python with fedhpc."""
+
+    image: StrictStr | None = Field(None, description="the image; null: no container")
+    runtime: Literal["apptainer", "pyxis"] = Field(
+        "apptainer",
+        description="apptainer: `apptainer exec IMAGE`; pyxis: srun's --container-image",
+    )
+    options: list[StrictStr] = Field(
+        default_factory=list, description="further options of the runtime"
     )
 
 
@@ -205,7 +232,32 @@ class Cluster(JobOptions):
     setup: list[StrictStr] = Field(
         default_factory=list, description="shell lines before Python starts: module load, activate"
     )
-    python: StrictStr | None = Field(None, description="the jobs' Python; null: the one of submit")
+    env: dict[StrictStr, StrictStr] = Field(
+        default_factory=dict, description="environment variables of the jobs, set after setup"
+    )
+    python: StrictStr | None = Field(
+        None, description="the jobs' Python; null: the one of submit, or python3 in a container"
+    )
+    container: Container = Field(Container(), description=Container.__doc__)
+    dependency: StrictBool = Field(
+        True,
+        description="the client array waits in the queue until the server job has started; false"
+        " where dependent jobs gather no priority",
+    )
+    pending_timeout_min: Number = Field(
+        1440,
+        gt=0,
+        description="how long the server waits for a client array that is queued, in minutes",
+    )
+    reattach_timeout_min: Number = Field(
+        5,
+        gt=0,
+        description="how long an array task waits for a server job that is queued again, in"
+        " minutes, before it gives its node back",
+    )
+    max_requeues: Count = Field(
+        5, description="how often the server job puts itself into the queue again"
+    )
     interface: StrictStr | None = Field(
         None, description="network interface (or address) that the server listens on"
     )

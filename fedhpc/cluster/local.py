@@ -1,0 +1,110 @@
+"""The jobs of a run as processes of this machine, started by submitit's LocalExecutor."""
+
+import contextlib
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import submitit
+
+from fedhpc import files, run_state
+from fedhpc.cluster import entries
+from fedhpc.cluster.submission import Submission
+from fedhpc.config import Config
+from fedhpc.errors import SubmissionError
+from fedhpc.paths import RunPaths
+
+_TIMEOUT_MIN = 60.0 * 24 * 30  # LocalExecutor would end every job after 2 minutes
+_TERM_TIMEOUT_S = 8.0
+_KILL_TIMEOUT_S = 5.0
+
+
+def submit(
+    config: Config,
+    paths: RunPaths,
+    submission: Submission,
+    server: str = entries.SERVER,
+    client: str = entries.CLIENT,
+) -> None:
+    """Start the server and the array tasks; their pids go into ``submission`` as they come.
+
+    Raises
+    ------
+    SubmissionError
+        If a process could not be started.
+    """
+    cluster = config.cluster
+    executor = submitit.LocalExecutor(folder=paths.jobs, python=cluster.python)
+    executor.update_parameters(timeout_min=cluster.time_min or _TIMEOUT_MIN, setup=cluster.setup)
+    root = str(paths.root)
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
+    count = min(cluster.array_tasks, cluster.max_parallel or cluster.array_tasks)
+    with _untouched_by_terminal({**entries.JOB_ENV, **cluster.env}):
+        try:
+            job = executor.submit(entries.call_with_gpus, gpus, server, root)
+            submission.server = job.job_id
+            for index in range(count):
+                job = executor.submit(entries.call_with_gpus, gpus, client, root, index)
+                submission.clients.append(job.job_id)
+        except OSError as error:
+            raise SubmissionError(f"a local process could not be started: {error}") from error
+
+
+@contextlib.contextmanager
+def _untouched_by_terminal(env: dict[str, str]) -> Iterator[None]:
+    """Start processes that a Ctrl-C or the end of the terminal does not reach.
+
+    An ignored signal stays ignored in a new program; submit itself decides what a Ctrl-C means.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    saved = {name: os.environ.get(name) for name in env}
+    os.environ.update(env)
+    for number in before:
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for name, value in saved.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def alive(paths: RunPaths, submission: Submission) -> list[str]:
+    """Return the roles whose processes live on this machine."""
+    return [
+        role
+        for role, job_id in submission.roles()
+        if run_state.live_pid(paths, role) is not None or _is_child(int(job_id))
+    ]
+
+
+def cancel(paths: RunPaths, submission: Submission) -> None:
+    """End the processes of a run, politely, then with force; the server last."""
+    for number, timeout_s in ((signal.SIGTERM, _TERM_TIMEOUT_S), (signal.SIGKILL, _KILL_TIMEOUT_S)):
+        for role, job_id in reversed(list(submission.roles())):
+            pid = run_state.live_pid(paths, role)
+            if pid is None and _is_child(int(job_id)):
+                pid = int(job_id)  # it has not come as far as to register
+            if pid is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, number)
+        if files.wait_until(lambda: not alive(paths, submission), timeout_s):
+            break
+
+
+def _is_child(pid: int) -> bool:
+    """Return whether a controller that this process started still runs."""
+    with contextlib.suppress(ChildProcessError):
+        return os.waitpid(pid, os.WNOHANG) == (0, 0)
+    return Path(f"/proc/{pid}/stat").exists() and "submitit" in _command_line(pid)
+
+
+def _command_line(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    return ""
