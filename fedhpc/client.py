@@ -17,12 +17,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from fedhpc import __version__, config, environment, files, logging_setup, rendezvous, run_state
+from fedhpc import (
+    __version__,
+    config,
+    environment,
+    files,
+    inspection,
+    logging_setup,
+    rendezvous,
+    run_state,
+)
+from fedhpc.cluster import slurm
 from fedhpc.errors import FedHPCError, FitFailed, ForkServerDied, PlatformError
 from fedhpc.federation import certificates, grid_pb2
 from fedhpc.federation.link import LinkClient, chunks
 from fedhpc.isolation import ChildPool, PoolOptions, Slot, channel, find_slots
 from fedhpc.isolation.processes import DEFAULT_PRELOAD
+from fedhpc.oversight import ServerGone, ServerJob, ServerQueued
 from fedhpc.paths import RunPaths, open_run_folder
 
 logger = logging.getLogger(__name__)
@@ -254,9 +265,26 @@ class ArrayTask:
         self._index = self._environment.array_task if array_task is None else array_task
         self._stopped = threading.Event()
         self._link: LinkClient | None = None
+        self._gpus: list[str] = []
+        self._server_job = ServerJob(paths, 60 * self._config.cluster.reattach_timeout_min)
 
     def run(self) -> int:
-        """Serve until the run ends; return the exit code."""
+        """Serve until the run ends; return the exit code.
+
+        Raises
+        ------
+        PlatformError
+            If there is no server, and will be none.
+        """
+        try:
+            return self._run()
+        except ServerGone as error:
+            self._leave_without_server(error)
+            raise
+        except ServerQueued as error:
+            return self._queue_behind_server(error)
+
+    def _run(self) -> int:
         run_state.register_process(self._paths, f"client-{self._index}", self._environment.job_id)
         isolation, cluster = self._config.isolation, self._config.cluster
         cpus = self._environment.cpus
@@ -269,15 +297,15 @@ class ArrayTask:
             cpus=cpus,
             threads_per_fit=isolation.threads_per_fit,
         )
-        submission = files.read_json(self._paths.submission) or {}
-        seeker = rendezvous.Seeker(self._paths, str(submission.get("server", "(by hand)")))
+        self._gpus = sorted({slot.env["CUDA_VISIBLE_DEVICES"] for slot in slots} - {""})
+        seeker = rendezvous.Seeker(self._paths, self._server_job.job_id or "(not known)")
         # On full cores a standby child only takes time from the fits.
         spare = len(slots) * isolation.threads_per_fit < cpus
         standby = spare if isolation.standby == "auto" else isolation.standby
         with ChildPool(self._pool_options(standby=standby)) as pool:
             fits = Fits(pool, slots, self._paths, isolation.fit_timeout_s)
             while not self._stopped.is_set():
-                found = seeker.wait(cluster.rendezvous_timeout_s, self._stopped.is_set)
+                found = seeker.wait(cluster.rendezvous_timeout_s, self._is_stopped)
                 if found is None or found.phase != "serving":
                     break
                 try:
@@ -287,7 +315,30 @@ class ArrayTask:
                     if not self._stopped.is_set():
                         logger.warning("%s", error)
                 seeker.failed(found)
+                self._server_job.expect_soon()
         return 128 + signal.SIGTERM if self._stopped.is_set() else 0
+
+    def _is_stopped(self) -> bool:
+        """Return whether to stop looking for the server, asking Slurm for its job now and then."""
+        if not self._stopped.is_set() and self._config.cluster.executor == "slurm":
+            self._server_job.check()
+        return self._stopped.is_set()
+
+    def _leave_without_server(self, error: ServerGone) -> None:
+        """Say how the run ended, as its server cannot; take the rest of the array with us."""
+        cancelled = error.job is not None and error.job.state == "CANCELLED"
+        inspection.settle(self._paths, error.message, cancelled=cancelled)
+        slurm.cancel([self._environment.job_id.split("_")[0]], pending_only=True)
+
+    def _queue_behind_server(self, error: ServerQueued) -> int:
+        """Give the node back and wait in the queue for the server to start again."""
+        logger.warning("%s; this array task queues behind it", error.message)
+        job_id = self._environment.job_id
+        slurm.control("requeuehold", job_id)
+        dependency = f"Dependency=after:{self._server_job.job_id}"
+        slurm.control("update", f"JobId={job_id}", dependency)
+        slurm.control("release", job_id)
+        return 0
 
     def stop(self) -> None:
         """Leave soon; safe to call from a signal handler."""
@@ -312,6 +363,7 @@ class ArrayTask:
             pid=os.getpid(),
             held=fits.held(),
             version=__version__,
+            gpus=self._gpus,
         )
         credentials = certificates.client_credentials(self._paths.secrets)
         timeout_s = self._config.cluster.liveness_timeout_s

@@ -86,7 +86,7 @@ class Follower:
             with contextlib.suppress(PlatformError):
                 cluster.cancel(self._paths)
         if reason and not ended:
-            inspection.settle(self._paths, reason)
+            inspection.write_end(self._paths, reason)
             return run_state.read(self._paths)
         return standing.status
 

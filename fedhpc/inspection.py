@@ -3,15 +3,20 @@
 import shutil
 import socket
 import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 from fedhpc import files, rendezvous, run_state
 from fedhpc.cluster import slurm, submission
 from fedhpc.cluster.slurm import Job
+from fedhpc.cluster.submission import Submission
 from fedhpc.errors import PlatformError
 from fedhpc.paths import RunPaths
 
+_ASK_LOCAL_S = 1.0
+_ASK_SLURM_S = 5.0
 _LAST_WORD_S = 3.0  # for a last status.json to be seen on a shared disk
 _ENDS = {
     "TIMEOUT": "it reached its time limit (cluster.time_min)",
@@ -38,11 +43,24 @@ class Standing:
         What is known of each job, by role (server, client-0, ...).
     problem : str
         Why the jobs are not known; "" if they are.
+    submission : Submission or None
+        Which jobs there are; None if none were submitted.
     """
 
     status: dict[str, Any]
     jobs: dict[str, Job] = field(default_factory=dict)
     problem: str = ""
+    submission: Submission | None = None
+
+    @property
+    def ended(self) -> bool:
+        """Whether the run has ended."""
+        return self.status["state"] in run_state.ENDED
+
+    @property
+    def on_slurm(self) -> bool:
+        """Whether its jobs are Slurm's."""
+        return self.submission is not None and self.submission.executor == "slurm"
 
 
 def inspect(paths: RunPaths, retry_s: float = 10.0) -> Standing:
@@ -55,22 +73,57 @@ def inspect(paths: RunPaths, retry_s: float = 10.0) -> Standing:
     retry_s : float
         How long to try while Slurm does not answer.
     """
-    standing = Standing(run_state.read(paths))
-    jobs = submission.read(paths)
-    if jobs is None:
-        if not _is_ended(standing):
-            standing.problem = "its jobs were not submitted"
-        return standing
-    try:
-        standing.jobs = _ask(paths, jobs, retry_s)
-    except PlatformError as error:
-        standing.problem = error.message
-    if _is_ended(standing):
-        return standing
-    if reason := _why_gone(paths, jobs, standing):
-        settle(paths, reason, cancelled=_state_of(standing, "server") == "CANCELLED")
-        standing.status = run_state.read(paths)
-    return standing
+    return inspect_all([paths], retry_s)[0]
+
+
+def inspect_all(
+    runs: Sequence[RunPaths], retry_s: float = 10.0, *, jobs_of_ended: bool = True
+) -> list[Standing]:
+    """Inspect many runs with one question to Slurm.
+
+    Parameters
+    ----------
+    runs : sequence of RunPaths
+        The runs.
+    retry_s : float
+        How long to try while Slurm does not answer.
+    jobs_of_ended : bool
+        Whether to look for the jobs of runs that have ended too.
+    """
+    standings = [Standing(run_state.read(paths)) for paths in runs]
+    for paths, standing in zip(runs, standings, strict=True):
+        if jobs_of_ended or not standing.ended:
+            standing.submission = submission.read(paths)
+    _ask_slurm([standing for standing in standings if standing.on_slurm], retry_s)
+    with ThreadPoolExecutor(max_workers=16) as pool:  # each may wait for a last word
+        list(pool.map(_check, runs, standings))
+    return standings
+
+
+class Watch:
+    """A run that is looked at again and again.
+
+    Parameters
+    ----------
+    paths : RunPaths
+        Of the run.
+    """
+
+    def __init__(self, paths: RunPaths) -> None:
+        self._paths = paths
+        self._standing: Standing | None = None
+        self._ask_s = 0.0
+
+    def look(self) -> Standing:
+        """Return how the run stands: status.json as of now, the jobs as of some seconds ago."""
+        if self._standing is None or time.monotonic() >= self._ask_s:
+            self._standing = inspect(self._paths, retry_s=0.0)
+            pause_s = _ASK_SLURM_S if self._standing.on_slurm else _ASK_LOCAL_S
+            self._ask_s = time.monotonic() + pause_s
+        else:
+            files.refresh_directory(self._paths.root)
+            self._standing.status = run_state.read(self._paths)
+        return self._standing
 
 
 def settle(paths: RunPaths, reason: str, *, cancelled: bool = False) -> None:
@@ -80,8 +133,12 @@ def settle(paths: RunPaths, reason: str, *, cancelled: bool = False) -> None:
         files.refresh_directory(paths.root)
         return run_state.read(paths)["state"] in run_state.ENDED
 
-    if files.wait_until(said, _LAST_WORD_S):
-        return
+    if not files.wait_until(said, _LAST_WORD_S):
+        write_end(paths, reason, cancelled=cancelled)
+
+
+def write_end(paths: RunPaths, reason: str, *, cancelled: bool = False) -> None:
+    """Write how a run ended, whatever its server said; for who has ended it."""
     shutil.rmtree(paths.secrets, ignore_errors=True)
     known = run_state.read(paths) | {"exit_code": 1}
     del known["state"], known["reason"]
@@ -94,26 +151,54 @@ def why_ended(job_id: str, role: str, job: Job | None) -> str:
     if job is None:
         return f"Slurm no longer knows the {who} {job_id}"
     where = f" on {job.node}" if job.node else ""
-    why = _ENDS.get(job.state, "it ended")
-    return f"Slurm ended the {who} {job_id}{where}: {job.describe()}, {why}"
+    return f"Slurm ended the {who} {job_id}{where}: {in_words(job)}"
 
 
-def _ask(paths: RunPaths, jobs: submission.Submission, retry_s: float) -> dict[str, Job]:
-    if jobs.executor == "slurm":
-        found = slurm.jobs((job_id for _, job_id in jobs.roles()), retry_s)
-        return {role: found[job_id] for role, job_id in jobs.roles() if job_id in found}
+def in_words(job: Job) -> str:
+    """Say for a person what Slurm's state of a job that has ended means."""
+    return f"{job.describe()}, {_ENDS.get(job.state, 'it ended')}"
+
+
+def _ask_slurm(standings: Sequence[Standing], retry_s: float) -> None:
+    wanted = [dict(standing.submission.roles()) for standing in standings if standing.submission]
+    try:
+        found = slurm.jobs((job_id for roles in wanted for job_id in roles.values()), retry_s)
+    except PlatformError as error:
+        for standing in standings:
+            standing.problem = error.message
+        return
+    for standing, roles in zip(standings, wanted, strict=True):
+        standing.jobs = {role: found[id_] for role, id_ in roles.items() if id_ in found}
+
+
+def _check(paths: RunPaths, standing: Standing) -> None:
+    """Look at processes of this machine; correct what status.json says, if it must be."""
+    jobs = standing.submission
+    if jobs is None:
+        if not standing.ended:
+            standing.problem = "its jobs were not submitted"
+        return
+    if jobs.executor != "slurm":
+        _look_here(paths, jobs, standing)
+    if not standing.ended and (reason := _why_gone(paths, jobs, standing)):
+        settle(paths, reason, cancelled=_state_of(standing, "server") == "CANCELLED")
+        standing.status = run_state.read(paths)
+
+
+def _look_here(paths: RunPaths, jobs: Submission, standing: Standing) -> None:
     from fedhpc.cluster import local
 
     if jobs.host != socket.gethostname():
-        raise PlatformError(f"its processes are on {jobs.host}, and only seen from there")
+        standing.problem = f"its processes are on {jobs.host}, and only seen from there"
+        return
     alive = local.alive(paths, jobs)
-    return {
+    standing.jobs = {
         role: Job(job_id, "RUNNING" if role in alive else "ENDED", node=jobs.host)
         for role, job_id in jobs.roles()
     }
 
 
-def _why_gone(paths: RunPaths, jobs: submission.Submission, standing: Standing) -> str | None:
+def _why_gone(paths: RunPaths, jobs: Submission, standing: Standing) -> str | None:
     """Return why the server cannot come back; None if it lives, may live or may come back."""
     if jobs.executor == "slurm":
         if standing.problem or not jobs.server:
@@ -141,10 +226,6 @@ def _beats(paths: RunPaths) -> bool:
         if rendezvous.read(paths) != first:
             return True
     return False
-
-
-def _is_ended(standing: Standing) -> bool:
-    return standing.status["state"] in run_state.ENDED
 
 
 def _state_of(standing: Standing, role: str) -> str:

@@ -68,6 +68,11 @@ class RunPaths:
         return self.jobs / "submission.json"
 
     @property
+    def server_job(self) -> Path:
+        """What Slurm last said of the server job, shared by array tasks that wait for it."""
+        return self.jobs / "server-job.json"
+
+    @property
     def metrics(self) -> Path:
         """One line a round."""
         return self.root / "metrics.jsonl"
@@ -91,6 +96,11 @@ class RunPaths:
     def blobs(self) -> Path:
         """Arrays too large for the link, by content."""
         return self.root / "blobs"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a checkpoint; the last by name is the newest."""
+        return self.root / "checkpoints"
 
     @property
     def model(self) -> Path:
@@ -167,6 +177,43 @@ def open_run_folder(path: Path) -> RunPaths:
             "run folders lie in cluster.runs_dir, by default ./runs",
         )
     return paths
+
+
+def is_run_folder(path: Path) -> bool:
+    """Return whether ``path`` holds what every run folder has from its creation on."""
+    paths = RunPaths(path)
+    folders = (path, paths.jobs, paths.errors)
+    return paths.config.is_file() and all(
+        folder.is_dir() and not folder.is_symlink() for folder in folders
+    )
+
+
+def run_folders(runs_dir: Path) -> list[RunPaths]:
+    """Return the run folders in a folder, the newest first.
+
+    Links to run folders are left out: they lie in their own place too.
+
+    Raises
+    ------
+    ConfigError
+        If there is no such folder.
+    """
+    if not runs_dir.is_dir():
+        raise ConfigError(
+            "command line",
+            [f"--runs-dir: expected a folder with run folders, found no folder {runs_dir}"],
+            "name the cluster.runs_dir of your runs with --runs-dir DIR",
+        )
+    found = [RunPaths(path.resolve()) for path in runs_dir.iterdir() if is_run_folder(path)]
+    return sorted(found, key=created_s, reverse=True)
+
+
+def created_s(paths: RunPaths) -> float:
+    """Return when a run was submitted, in seconds since 1970; 0 if its folder is gone."""
+    try:
+        return paths.config.stat().st_mtime  # written once
+    except OSError:
+        return 0.0
 
 
 def latest_attempt(paths: RunPaths) -> int:

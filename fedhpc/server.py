@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 from fedhpc import config, environment, files, logging_setup, network, rendezvous, run_state
+from fedhpc.cluster import slurm, submission
 from fedhpc.errors import FedHPCError, PlatformError, RunError
 from fedhpc.federation import apps, certificates, compat, dispatch, fit
 from fedhpc.federation.grid import HpcGrid
@@ -23,6 +24,7 @@ from fedhpc.federation.payload import encode_arrays
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.rounds import Rounds
 from fedhpc.federation.transport import Transport
+from fedhpc.oversight import ClientArray
 from fedhpc.paths import RunPaths, latest_attempt, open_run_folder
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,7 @@ class _Stop(BaseException):
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
+        self.requeue = False
         super().__init__(signal.Signals(signum).name)
 
 
@@ -54,6 +57,10 @@ class Server:
         self._environment = environment.current()
         self._recorder = Recorder(paths)
         self._attempt = _claim_attempt(paths)
+        if self._attempt > 1:  # it begins at round 1 again, and so do its records
+            for path in (paths.metrics, paths.fits):
+                path.unlink(missing_ok=True)
+        self._clients = ClientArray(paths, self._config.cluster)
         self._superseded = threading.Event()
         self._links: LinkServer | None = None
 
@@ -68,6 +75,8 @@ class Server:
                     with self._links_open() as transport:
                         self._run_app(transport)
         except _Stop as stop:
+            if stop.requeue:
+                return self._requeue()
             why = f"the server was stopped by {stop}"
             if stop.signum == signal.SIGUSR2:
                 why += ": its time limit (cluster.time_min) is near, or it is preempted"
@@ -100,8 +109,8 @@ class Server:
             run_id=paths.run_id,
             attempt=self._attempt,
             liveness_timeout_s=cluster.liveness_timeout_s,
-            array_task_timeout_s=cluster.array_task_timeout_s,
             inline_bytes=int(cluster.inline_mb * 1e6),
+            on_idle=self._clients.check,
         )
         links = LinkServer(machine, options, paths, certificates.server_credentials(paths.secrets))
         local = cluster.executor == "local" and cluster.interface is None
@@ -128,11 +137,17 @@ class Server:
         try:
             yield links
             phase = "finished"
+        except _Stop as stop:
+            stop.requeue = self._may_requeue(stop)
+            if stop.requeue:
+                phase = "requeueing"
+            raise
         finally:
             if not self._superseded.is_set():
                 with contextlib.suppress(PlatformError):
                     publisher.end(phase)
-                certificates.remove(paths.secrets)
+                if phase != "requeueing":
+                    certificates.remove(paths.secrets)
             links.finish(phase)
 
     def _run_app(self, transport: Transport) -> None:
@@ -184,10 +199,9 @@ class Server:
             thread.join()
 
     def _status(self) -> dict[str, Any]:
-        connected = self._links.array_tasks_connected if self._links else 0
         return {
             "attempt": self._attempt,
-            "array_tasks": connected,
+            "array_tasks": self._links.array_tasks() if self._links else [],
             **self._recorder.progress(),
         }
 
@@ -206,7 +220,43 @@ class Server:
             with self._paths.model.open("rb") as file:
                 status["model_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
         run_state.write(self._paths, state, reason, **status)
+        self._end_pending_clients()
         return code
+
+    def _may_requeue(self, stop: _Stop) -> bool:
+        """Return whether nothing is lost by starting again: no array task has come yet."""
+        return (
+            stop.signum == signal.SIGUSR2
+            and self._attempt <= self._config.cluster.max_requeues
+            and not self._recorder.progress()["fits_done"]
+            and not (self._links and self._links.array_tasks())
+            and self._clients.pending()
+        )
+
+    def _requeue(self) -> int:
+        """Put the server job into the queue again."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's own, on the way to the queue
+        reason = (
+            "the client array was still pending near the server's time limit"
+            f"{self._clients.said()}; the server job is queued again"
+            f" (attempt {self._attempt + 1} of at most {self._config.cluster.max_requeues + 1})"
+        )
+        logger.warning("%s", reason)
+        run_state.write(self._paths, "pending", reason, attempt=self._attempt)
+        try:
+            slurm.control("requeue", self._environment.job_id)
+        except PlatformError as error:
+            return self._end("failed", f"{reason}, but: {error}", error.exit_code)
+        return 0
+
+    def _end_pending_clients(self) -> None:
+        """Take array tasks that have not started out of the queue: there is nothing for them."""
+        jobs = submission.read(self._paths)
+        if jobs is not None and jobs.executor == "slurm" and jobs.clients:
+            try:
+                slurm.cancel({job_id.split("_")[0] for job_id in jobs.clients}, pending_only=True)
+            except PlatformError as error:
+                logger.warning("pending array tasks could not be cancelled: %s", error.message)
 
     def _supersede(self) -> None:
         self._superseded.set()

@@ -142,7 +142,8 @@ def _accounting(job_ids: Sequence[str]) -> dict[str, Job]:
     if shutil.which("sacct") is None:
         return {}
     command = ["sacct", "--allocations", "--noheader", "--parsable2", "--array",
-               "--format=JobID,State,Reason,Start,NodeList", f"--jobs={','.join(job_ids)}"]  # fmt: skip
+               "--format=JobID,State,Reason,Start,NodeList",
+               f"--jobs={','.join(job_ids)}"]  # fmt: skip
     with contextlib.suppress(PlatformError):
         return _parse(_run(command, 0.0).stdout)
     return {}

@@ -118,6 +118,10 @@ class Dispatch:
         """How many messages are with an array task."""
         return sum(1 for message in self._messages.values() if message.links)
 
+    def running_on(self, link: int) -> int:
+        """How many messages a link's array task has."""
+        return len(self._links[link].assigned) if link in self._links else 0
+
     def links_of(self, array_task: int) -> list[int]:
         """Return the links of an array task."""
         return [number for number, link in self._links.items() if link.array_task == array_task]

@@ -38,7 +38,7 @@ class FromArrayTask(_message.Message):
     def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("run_id", "array_task", "slots", "host", "job_id", "pid", "held", "version")
+    __slots__ = ("run_id", "array_task", "slots", "host", "job_id", "pid", "held", "version", "gpus")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ARRAY_TASK_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -47,6 +47,7 @@ class Hello(_message.Message):
     PID_FIELD_NUMBER: _ClassVar[int]
     HELD_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
+    GPUS_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     array_task: int
     slots: int
@@ -55,7 +56,8 @@ class Hello(_message.Message):
     pid: int
     held: _containers.RepeatedScalarFieldContainer[str]
     version: str
-    def __init__(self, run_id: _Optional[str] = ..., array_task: _Optional[int] = ..., slots: _Optional[int] = ..., host: _Optional[str] = ..., job_id: _Optional[str] = ..., pid: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ...) -> None: ...
+    gpus: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, run_id: _Optional[str] = ..., array_task: _Optional[int] = ..., slots: _Optional[int] = ..., host: _Optional[str] = ..., job_id: _Optional[str] = ..., pid: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., gpus: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("attempt",)

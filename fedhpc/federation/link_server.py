@@ -6,7 +6,8 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -52,17 +53,19 @@ class LinkOptions:
         Of this server.
     liveness_timeout_s : float
         Silence after which an array task counts as lost.
-    array_task_timeout_s : float
-        How long work may wait with no array task connected.
     inline_bytes : int
         The largest blob that goes over a link; larger ones are files.
+    on_idle : callable
+        Called about every second with the seconds since no work could start (0 while it can) and
+        how many array tasks are connected; raises `PlatformError` when there is no point in
+        waiting longer.
     """
 
     run_id: str
     attempt: int
     liveness_timeout_s: float
-    array_task_timeout_s: float
     inline_bytes: int
+    on_idle: Callable[[float, int], None]
 
 
 class LinkServer:
@@ -97,6 +100,8 @@ class LinkServer:
         self._requests: dict[str, Request] = {}
         self._responses: dict[str, Response] = {}
         self._news = threading.Condition()
+        self._done: Counter[int] = Counter()
+        self._failed: Counter[int] = Counter()
         self._lonely_since_s = time.monotonic()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="links", daemon=True)
@@ -120,10 +125,21 @@ class LinkServer:
         for path in self._paths.blobs.iterdir():
             path.unlink(missing_ok=True)
 
-    @property
-    def array_tasks_connected(self) -> int:
-        """How many array tasks are connected."""
-        return self._machine.array_tasks_connected
+    def array_tasks(self) -> list[dict[str, Any]]:
+        """Return what is known of each connected array task, for status.json."""
+        return [
+            {
+                "array_task": peer.hello.array_task,
+                "host": peer.hello.host,
+                "job_id": peer.hello.job_id,
+                "gpus": list(peer.hello.gpus),
+                "slots": peer.hello.slots,
+                "running": self._machine.running_on(peer.number),
+                "done": self._done[peer.hello.array_task],
+                "failed": self._failed[peer.hello.array_task],
+            }
+            for peer in sorted(self._peers.values(), key=lambda peer: peer.hello.array_task)
+        ]
 
     # --- Transport ---
 
@@ -171,14 +187,9 @@ class LinkServer:
         self._loop.call_soon_threadsafe(withdraw)
 
     def _check_company(self) -> None:
-        alone_s = time.monotonic() - self._lonely_since_s
         working = self._peers and self._machine.started
-        if not working and alone_s > self._options.array_task_timeout_s:
-            raise PlatformError(
-                f"cluster.array_task_timeout_s: no work could start for {alone_s:.0f} s;"
-                f" {len(self._peers)} array tasks are connected",
-                "see the logs of the client array in the run folder's jobs/",
-            )
+        idle_s = 0.0 if working else time.monotonic() - self._lonely_since_s
+        self._options.on_idle(idle_s, len(self._peers))
 
     # --- the event loop's side ---
 
@@ -326,6 +337,7 @@ class LinkServer:
             del peer.arrived[digest]
         if self._machine.answered(peer.number, result.message_id):
             failed = result.HasField("failure")
+            (self._failed if failed else self._done)[peer.hello.array_task] += 1
             self._respond(
                 Response(
                     result.message_id,

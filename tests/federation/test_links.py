@@ -6,10 +6,12 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 
+from fedhpc.config import Cluster
 from fedhpc.errors import PlatformError
 from fedhpc.federation import certificates, compat, grid_pb2, link
 from fedhpc.federation.dispatch import Dispatch
@@ -17,6 +19,7 @@ from fedhpc.federation.link import LinkClient
 from fedhpc.federation.link_server import LinkOptions, LinkServer
 from fedhpc.federation.payload import Blob, Packed
 from fedhpc.federation.transport import Request
+from fedhpc.oversight import ClientArray
 from fedhpc.paths import RunPaths
 
 SLOTS = 2
@@ -26,12 +29,12 @@ LIVENESS_S = 1.0
 class Service:
     """A link server with its certificates."""
 
-    def __init__(self, folder: Path, **options: float) -> None:
+    def __init__(self, folder: Path, **options: Any) -> None:
         self.paths = RunPaths(folder / "run")
         self.paths.blobs.mkdir(parents=True)
         certificates.create(self.paths.secrets)
         compat.set_identity("run")
-        settings = {"array_task_timeout_s": 30.0, "liveness_timeout_s": LIVENESS_S, **options}
+        settings = {"liveness_timeout_s": LIVENESS_S, "on_idle": lambda *_: None, **options}
         self.links = LinkServer(
             Dispatch(array_tasks=2, liveness_timeout_s=settings["liveness_timeout_s"]),
             LinkOptions("run", 1, inline_bytes=10_000_000, **settings),
@@ -282,7 +285,8 @@ def test_a_withdrawn_message_is_cancelled(service: Service) -> None:
 
 
 def test_the_server_fails_clearly_when_nobody_comes(tmp_path: Path) -> None:
-    service = Service(tmp_path, array_task_timeout_s=0.5)
+    cluster = Cluster(executor="local", array_task_timeout_s=0.5)
+    service = Service(tmp_path, on_idle=ClientArray(RunPaths(tmp_path), cluster).check)
     service.send("a")
     with pytest.raises(PlatformError, match="no work could start"):
         service.links.receive(["a"], 20)
