@@ -430,6 +430,6 @@ def run(run_dir: str, array_task: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m fedhpc.client RUN_DIR")
-    run(sys.argv[1])
+    if len(sys.argv) not in (2, 3):
+        sys.exit("usage: python -m fedhpc.client RUN_DIR [ARRAY_TASK]")
+    run(sys.argv[1], int(sys.argv[2]) if len(sys.argv) == 3 else None)

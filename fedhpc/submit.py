@@ -59,6 +59,12 @@ def main(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and the resolved config only.")
     ] = False,
+    prepare: Annotated[
+        bool,
+        typer.Option(
+            "--prepare", help="Make the run folder and print its path; submit nothing (slurm/)."
+        ),
+    ] = False,
     follow: Annotated[
         bool | None,
         typer.Option(
@@ -83,7 +89,11 @@ def main(
         if dry_run:
             _print_plan(resolved)
             return
-        code = _submit(resolved, str(config_file), follow)
+        paths = _prepare(resolved, str(config_file))
+        if prepare:
+            typer.echo(paths.root)
+            return
+        code = _submit(resolved, paths, follow)
     except FedHPCError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(error.exit_code) from None
@@ -122,7 +132,8 @@ def _absolute(key: str, path: str | None) -> str | None:
     return expanded and str(Path(expanded).expanduser().absolute())
 
 
-def _submit(resolved: Config, source: str, follow: bool | None) -> int:
+def _prepare(resolved: Config, source: str) -> RunPaths:
+    """Make the run folder: everything that its jobs read."""
     paths = create_run_folder(Path(resolved.cluster.runs_dir), resolved.name)
     try:
         files.write_atomic(paths.config, config.dump(resolved))
@@ -131,6 +142,10 @@ def _submit(resolved: Config, source: str, follow: bool | None) -> int:
     except BaseException:
         shutil.rmtree(paths.root, ignore_errors=True)  # nothing was started: leave nothing
         raise
+    return paths
+
+
+def _submit(resolved: Config, paths: RunPaths, follow: bool | None) -> int:
     typer.echo(f"run folder: {paths.root}")
     if resolved.cluster.executor == "debug":
         return _run_here(paths)
