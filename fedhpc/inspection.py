@@ -113,10 +113,15 @@ class Watch:
         self._paths = paths
         self._standing: Standing | None = None
         self._ask_s = 0.0
+        self.is_fresh = False
 
     def look(self) -> Standing:
-        """Return how the run stands: status.json as of now, the jobs as of some seconds ago."""
-        if self._standing is None or time.monotonic() >= self._ask_s:
+        """Return how the run stands: status.json as of now, the jobs as of some seconds ago.
+
+        ``is_fresh`` says whether the jobs are as of now too.
+        """
+        self.is_fresh = self._standing is None or time.monotonic() >= self._ask_s
+        if self._standing is None or self.is_fresh:
             self._standing = inspect(self._paths, retry_s=0.0)
             pause_s = _ASK_SLURM_S if self._standing.on_slurm else _ASK_LOCAL_S
             self._ask_s = time.monotonic() + pause_s
@@ -204,6 +209,8 @@ def _why_gone(paths: RunPaths, jobs: Submission, standing: Standing) -> str | No
         if standing.problem or not jobs.server:
             return None
         server = standing.jobs.get("server")
+        if server is None and _beats(paths):
+            return None  # Slurm has lost its memory, not the server its life
         if server is not None and not server.ended:
             return None
         return why_ended(jobs.server, "server", server)

@@ -63,6 +63,23 @@ class Submitter:
         self.runs_dir = folder / "runs"
         self._common = [f"cluster.runs_dir={self.runs_dir}", f"data.root={data_root}"]
 
+    def options(self, sets: Sequence[str] = ()) -> list[str]:
+        """Return the options of submit for a small run."""
+        assignments = [*self._common, *SMALL, *sets]
+        return [word for assignment in assignments for word in ("--set", assignment)]
+
+    def command(
+        self,
+        sets: Sequence[str] = (),
+        *,
+        config: Path = DIGITS,
+        executor: str = "local",
+        follow: bool = True,
+    ) -> list[str]:
+        """Return the command that submits a small run."""
+        command = [sys.executable, "-m", "fedhpc.submit", str(config), "--executor", executor]
+        return [*command, "--follow" if follow else "--detach", *self.options(sets)]
+
     def start(
         self,
         sets: Sequence[str] = (),
@@ -72,12 +89,8 @@ class Submitter:
         follow: bool = True,
         env: dict[str, str] | None = None,
     ) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "fedhpc.submit", str(config), "--executor", executor]
-        command += ["--follow"] if follow else ["--detach"]
-        for assignment in [*self._common, *SMALL, *sets]:
-            command += ["--set", assignment]
         return subprocess.Popen(
-            command,
+            self.command(sets, config=config, executor=executor, follow=follow),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -96,6 +109,7 @@ class Submitter:
             process.send_signal(signal.SIGINT)
             output, _ = process.communicate(timeout=30)
             pytest.fail(f"no end within {timeout_s} s:\n{output}")
+        assert list(self.runs_dir.glob("*")), f"no run folder was made:\n{output}"
         return Run(self.newest(), process.returncode, output)
 
     def newest(self, timeout_s: float = 30) -> RunPaths:
