@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from fedhpc import cluster, config, files, inspection, run_state
+from fedhpc import cluster, config, files, inspection, run_state, words
 from fedhpc.cluster import submission
 from fedhpc.errors import PlatformError
 from fedhpc.paths import RunPaths
@@ -143,9 +143,9 @@ class Follower:
             return
         done = sum(1 for line in files.read_lines(self._paths.metrics) if line["round"] > 0)
         total = status.get("num_rounds") or None
-        note = _summary(status.get("metrics") or {})
+        note = words.summary(status.get("metrics") or {})
         if total and status.get("round_s"):
-            note += f"  ETA {_duration((total - done) * status['round_s'])}"
+            note += f"  ETA {words.duration((total - done) * status['round_s'])}"
         if not done and not status.get("array_tasks"):
             note = self._waiting or "waiting for array tasks"
         progress.update(rounds, completed=done, total=total, note=note)
@@ -163,7 +163,7 @@ class Follower:
         for line in lines[self._rounds_shown :]:
             metrics = line.get("evaluate") or line.get("evaluate_clients") or line.get("train", {})
             self._console.print(
-                f"round {line['round']}: {_summary(metrics)}  ({line['round_s']:.2f} s)",
+                f"round {line['round']}: {words.summary(metrics)}  ({line['round_s']:.2f} s)",
                 highlight=False,
             )
         self._rounds_shown = len(lines)
@@ -181,32 +181,15 @@ class Follower:
         evaluated = [line for line in lines if "evaluate" in line or "evaluate_clients" in line]
         if evaluated:
             metrics = evaluated[-1].get("evaluate") or evaluated[-1]["evaluate_clients"]
-            for name in _shown(metrics, ("loss", "accuracy", "f1")):
+            for name in words.shown(metrics, ("loss", "accuracy", "f1")):
                 table.add_row(name, f"{metrics[name]:.4f}")
         if failed := status.get("fits_failed"):
             table.add_row("failed fits", f"{failed}, see {self._paths.errors}")
-        table.add_row("wall time", _duration(time.monotonic() - self._start_s))
+        table.add_row("wall time", words.duration(time.monotonic() - self._start_s))
         if digest := status.get("model_sha256"):
             table.add_row("model", f"{self._paths.model}\nsha256 {digest}")
         table.add_row("run folder", str(self._paths.root))
         self._console.print(table)
-
-
-def _summary(metrics: dict[str, Any]) -> str:
-    names = _shown(metrics, ("loss", "accuracy", "train_loss"))
-    return "  ".join(f"{name} {metrics[name]:.4f}" for name in names)
-
-
-def _shown(metrics: dict[str, Any], wanted: tuple[str, ...]) -> list[str]:
-    """Return the names of the metrics to show: the usual ones, or the first of an app's own."""
-    numbers = [name for name, value in metrics.items() if isinstance(value, int | float)]
-    return [name for name in wanted if name in numbers] or numbers[:3]
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
 
 
 def _pending(standing: inspection.Standing) -> str:

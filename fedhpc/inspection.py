@@ -209,7 +209,7 @@ def _why_gone(paths: RunPaths, jobs: Submission, standing: Standing) -> str | No
         if standing.problem or not jobs.server:
             return None
         server = standing.jobs.get("server")
-        if server is None and _beats(paths):
+        if server is None and rendezvous.read(paths) and _beats(paths):
             return None  # Slurm has lost its memory, not the server its life
         if server is not None and not server.ended:
             return None

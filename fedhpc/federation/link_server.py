@@ -100,6 +100,7 @@ class LinkServer:
         self._requests: dict[str, Request] = {}
         self._responses: dict[str, Response] = {}
         self._news = threading.Condition()
+        self._known: dict[int, _Peer] = {}  # by array task
         self._done: Counter[int] = Counter()
         self._failed: Counter[int] = Counter()
         self._lonely_since_s = time.monotonic()
@@ -126,19 +127,20 @@ class LinkServer:
             path.unlink(missing_ok=True)
 
     def array_tasks(self) -> list[dict[str, Any]]:
-        """Return what is known of each connected array task, for status.json."""
+        """Return what is known of each array task that has ever come, for status.json."""
         return [
             {
-                "array_task": peer.hello.array_task,
+                "array_task": index,
+                "connected": peer.number in self._peers,
                 "host": peer.hello.host,
                 "job_id": peer.hello.job_id,
                 "gpus": list(peer.hello.gpus),
                 "slots": peer.hello.slots,
                 "running": self._machine.running_on(peer.number),
-                "done": self._done[peer.hello.array_task],
-                "failed": self._failed[peer.hello.array_task],
+                "done": self._done[index],
+                "failed": self._failed[index],
             }
-            for peer in sorted(self._peers.values(), key=lambda peer: peer.hello.array_task)
+            for index, peer in sorted(self._known.items())
         ]
 
     # --- Transport ---
@@ -259,7 +261,7 @@ class LinkServer:
         peer.outgoing.put_nowait(
             ToArrayTask(welcome=grid_pb2.Welcome(attempt=self._options.attempt))
         )
-        self._peers[peer.number] = peer
+        self._peers[peer.number] = self._known[hello.array_task] = peer
         self._machine.join(
             peer.number, hello.array_task, hello.slots, list(hello.held), time.monotonic()
         )

@@ -35,12 +35,20 @@ LAYERS = {
     ],
     "commands": [
         "fedhpc.submit",
+        "fedhpc.plan",
         "fedhpc.preflight",
+        "fedhpc.snapshot",
         "fedhpc.follow",
         "fedhpc.data",
+        "fedhpc.__main__",
+        "fedhpc.commandline",
+        "fedhpc.words",
+        "fedhpc.overview",
         "fedhpc.status",
+        "fedhpc.list",
         "fedhpc.logs",
         "fedhpc.cancel",
+        "fedhpc.clean",
         "fedhpc.report",
         "fedhpc.doctor",
     ],
@@ -56,7 +64,7 @@ OUTSIDE = {
     "learning": {"torch", "torchvision", "flwr_datasets", "datasets", "sklearn", "numpy", "PIL"},
     "federation": {"flwr", "grpc", "numpy", "torch", "google", "cryptography"},
     "processes": {"submitit"},
-    "commands": {"typer", "rich", "matplotlib", "torch"},
+    "commands": {"typer", "click", "rich", "matplotlib", "torch"},
 }
 PUBLIC_FLOWER = ("flwr.app", "flwr.clientapp", "flwr.serverapp")
 PUBLIC_BELOW = ("flwr.clientapp.mod", "flwr.serverapp.strategy")
@@ -198,7 +206,9 @@ def test_only_compat_imports_what_flower_keeps_internal(module: str) -> None:
     assert not internal or module == "fedhpc.federation.compat"
 
 
-@pytest.mark.parametrize("module", ["fedhpc.submit", "fedhpc.config", "fedhpc.paths"])
+@pytest.mark.parametrize(
+    "module", ["fedhpc.submit", "fedhpc.doctor", "fedhpc.config", "fedhpc.paths"]
+)
 def test_what_answers_at_once_imports_nothing_heavy_at_the_top(module: str) -> None:
     seen: set[str] = set()
     todo = [module]
