@@ -27,7 +27,7 @@ from fedhpc import (
     rendezvous,
     run_state,
 )
-from fedhpc.cluster import slurm
+from fedhpc.cluster import entries, slurm
 from fedhpc.errors import FedHPCError, FitFailed, ForkServerDied, PlatformError
 from fedhpc.federation import certificates, grid_pb2
 from fedhpc.federation.link import LinkClient, chunks
@@ -413,6 +413,7 @@ def run(run_dir: str, array_task: int | None = None) -> None:
         f"client-{environment.current().array_task if array_task is None else array_task}"
     )
     try:
+        entries.use_snapshot(run_dir)
         task = ArrayTask(open_run_folder(Path(run_dir)), array_task)
 
         def stop_on_signal(_signum: int, _frame: FrameType | None) -> None:

@@ -38,6 +38,31 @@ class RunPaths:
         return self.root / "manifest.json"
 
     @property
+    def code(self) -> Path:
+        """The copy of the app's code, with `snapshot: true`."""
+        return self.root / "code"
+
+    @property
+    def code_app(self) -> Path:
+        """The copy of the app's folder."""
+        return self.code / "app"
+
+    @property
+    def code_cwd(self) -> Path:
+        """The copy of the folder that submit was called in."""
+        return self.code / "cwd"
+
+    @property
+    def code_packages(self) -> Path:
+        """Copies of single packages: fedhpc itself, and those that the config names."""
+        return self.code / "packages"
+
+    @property
+    def code_list(self) -> Path:
+        """The files of the copy with their checksums, as sha256sum prints them."""
+        return self.code / "SHA256SUMS"
+
+    @property
     def data(self) -> Path:
         """Where the packed data set is."""
         return self.root / "data.json"

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedhpc import __version__, config, files
+from fedhpc import __version__, config, files, plan, snapshot
 from fedhpc.config import Config
 from fedhpc.errors import ConfigError, FedHPCError, PlatformError
 from fedhpc.paths import RunPaths, create_run_folder
@@ -57,7 +57,10 @@ def main(
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Override a value. Repeatable."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print the plan and the resolved config only.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print the plan, the sbatch scripts and the resolved config only."
+        ),
     ] = False,
     prepare: Annotated[
         bool,
@@ -85,11 +88,12 @@ def main(
         chosen = [*(assignments or [])]
         if executor is not None:
             chosen.append(f"cluster.executor={executor.value}")
-        resolved = _resolve(config.load(config_file, site, chosen))
+        loaded = config.load(config_file, site, chosen)
+        resolved = _resolve(loaded, needs_sbatch=not dry_run)
         if dry_run:
-            _print_plan(resolved)
+            plan.show(resolved, maybe_on_slurm=loaded.cluster.executor in ("auto", "slurm"))
             return
-        paths = _prepare(resolved, str(config_file))
+        resolved, paths = _prepare(resolved, str(config_file))
         if prepare:
             typer.echo(paths.root)
             return
@@ -100,12 +104,12 @@ def main(
     raise typer.Exit(code)
 
 
-def _resolve(loaded: Config) -> Config:
+def _resolve(loaded: Config, *, needs_sbatch: bool) -> Config:
     """Decide what ``auto`` means, and make paths absolute: the jobs start elsewhere."""
     executor = loaded.cluster.executor
     if executor == "auto":
         executor = "slurm" if shutil.which("sbatch") else "local"
-    elif executor == "slurm" and not shutil.which("sbatch"):
+    elif executor == "slurm" and needs_sbatch and not shutil.which("sbatch"):
         raise ConfigError(
             "command line",
             ["cluster.executor: expected sbatch on the PATH for 'slurm', found none"],
@@ -114,9 +118,15 @@ def _resolve(loaded: Config) -> Config:
     cluster, data, app = loaded.cluster, loaded.data, loaded.app
     runs_dir = _absolute("cluster.runs_dir", cluster.runs_dir)
     root, source = _absolute("data.root", data.root), _absolute("data.source", data.source)
+    container = cluster.container.model_copy(
+        update={"image": _expanded("cluster.container.image", cluster.container.image)}
+    )
+    places = {"executor": executor, "runs_dir": runs_dir, "container": container}
     return loaded.model_copy(
         update={
-            "cluster": cluster.model_copy(update={"executor": executor, "runs_dir": runs_dir}),
+            # A debugger wants the files that its breakpoints are in, and nothing is queued.
+            "snapshot": loaded.snapshot and executor != "debug",
+            "cluster": cluster.model_copy(update=places),
             "data": data.model_copy(update={"root": root, "source": source}),
             "app": app.model_copy(update={"dir": _absolute("app.dir", app.dir)}),
         }
@@ -124,25 +134,35 @@ def _resolve(loaded: Config) -> Config:
 
 
 def _absolute(key: str, path: str | None) -> str | None:
+    expanded = _expanded(key, path)
+    return expanded and str(Path(expanded).absolute())
+
+
+def _expanded(key: str, path: str | None) -> str | None:
+    """Put variables and the home folder into a path."""
     expanded = os.path.expandvars(path) if path else path
     if expanded and (unset := re.search(r"\$\{?(\w+)", expanded)):
         raise ConfigError(
             "command line", [f"{key}: expected ${unset[1]} to be set, found it unset in '{path}'"]
         )
-    return expanded and str(Path(expanded).expanduser().absolute())
+    return expanded and os.path.expanduser(expanded)  # noqa: PTH111  (of an image, also a URL)
 
 
-def _prepare(resolved: Config, source: str) -> RunPaths:
-    """Make the run folder: everything that its jobs read."""
+def _prepare(resolved: Config, source: str) -> tuple[Config, RunPaths]:
+    """Make the run folder: everything that its jobs read; return the config that they read."""
     paths = create_run_folder(Path(resolved.cluster.runs_dir), resolved.name)
     try:
+        git = snapshot.git_state(resolved)
+        copy = None
+        if resolved.snapshot:
+            resolved, copy = snapshot.take(resolved, paths)
         files.write_atomic(paths.config, config.dump(resolved))
-        _preflight(paths, source)
-        files.write_json(paths.manifest, _manifest())
+        _preflight(resolved, paths, source)
+        files.write_json(paths.manifest, {**_manifest(), "git": git, "snapshot": copy})
     except BaseException:
         shutil.rmtree(paths.root, ignore_errors=True)  # nothing was started: leave nothing
         raise
-    return paths
+    return resolved, paths
 
 
 def _submit(resolved: Config, paths: RunPaths, follow: bool | None) -> int:
@@ -152,18 +172,27 @@ def _submit(resolved: Config, paths: RunPaths, follow: bool | None) -> int:
     return _start(resolved, paths, sys.stdout.isatty() if follow is None else follow)
 
 
-def _preflight(paths: RunPaths, source: str) -> None:
-    """Run the second stage of validation in a child process.
+def _preflight(resolved: Config, paths: RunPaths, source: str) -> None:
+    """Run the second stage of validation in a child process, which sees the code as the jobs will.
 
     Raises
     ------
     ConfigError, PlatformError
         What it found.
     """
-    command = [sys.executable, "-m", "fedhpc.preflight", str(paths.root)]
+    from fedhpc.cluster import entries
+
+    copied = resolved.snapshot
+    command = [sys.executable, *(["-P"] if copied else []), "-m", "fedhpc.preflight"]
+    copy_env = entries.snapshot_env(paths, os.environ.get("PYTHONPATH")) if copied else {}
     try:
         child = subprocess.run(
-            command, capture_output=True, text=True, timeout=_PREFLIGHT_TIMEOUT_S, check=False
+            [*command, str(paths.root)],
+            capture_output=True,
+            text=True,
+            timeout=_PREFLIGHT_TIMEOUT_S,
+            check=False,
+            env={**os.environ, **copy_env},
         )
     except subprocess.TimeoutExpired as error:
         raise PlatformError(f"validation took longer than {error.timeout:.0f} s") from error
@@ -174,8 +203,11 @@ def _preflight(paths: RunPaths, source: str) -> None:
             f"validation ended with exit code {child.returncode}:\n{child.stderr[-4000:]}",
             "are torch, torchvision and flwr installed in this environment?",
         ) from None
-    if findings["problems"]:
-        raise ConfigError(source, findings["problems"], findings["hint"])
+    if problems := findings["problems"]:
+        hint = findings["hint"]
+        if copied and any(problem.startswith("app.") for problem in problems):
+            hint = "; ".join(filter(None, [hint, "a snapshot has no files that git ignores"]))
+        raise ConfigError(source, problems, hint)
     if found := findings["platform"]:
         raise PlatformError(found["message"], found["hint"])
 
@@ -240,31 +272,6 @@ def _cancel_local(paths: RunPaths) -> int:
     return _CANCELLED
 
 
-def _print_plan(resolved: Config) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    federation, cluster = resolved.federation, resolved.cluster
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    parallel = min(cluster.array_tasks, cluster.max_parallel or cluster.array_tasks)
-    rows = {
-        "executor": cluster.executor,
-        "jobs": f"1 server job, 1 client array of {cluster.array_tasks} array tasks,"
-        f" {parallel} at a time",
-        "clients": f"{federation.num_clients}, {federation.clients_per_round} a round",
-        "rounds": str(federation.num_rounds),
-        "fits": str(federation.num_rounds * federation.clients_per_round),
-        "slots an array task": str(resolved.isolation.slots),
-        "run folder in": cluster.runs_dir,
-    }
-    for name, value in rows.items():
-        table.add_row(name, value)
-    Console().print(table, highlight=False)
-    sys.stdout.write("\n" + config.dump(resolved))
-
-
 def _manifest() -> dict[str, Any]:
     packages = ("torch", "torchvision", "flwr", "flwr-datasets", "submitit", "numpy", "grpcio")
     versions = {}
@@ -273,15 +280,10 @@ def _manifest() -> dict[str, Any]:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             versions[name] = "not installed"
-    git = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--abbrev=40"],  # noqa: S607
-        capture_output=True, text=True, check=False,
-    ) if shutil.which("git") else None  # fmt: skip
     return {
         "fedhpc": __version__,
         "python": platform.python_version(),
         "packages": versions,
-        "git": git.stdout.strip() if git and git.returncode == 0 else None,
         "host": platform.node(),
         "command": sys.argv,
         "directory": str(Path.cwd()),

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shlex
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,12 +37,18 @@ def submit(
         If a process could not be started.
     """
     cluster = config.cluster
-    executor = submitit.LocalExecutor(folder=paths.jobs, python=cluster.python)
-    executor.update_parameters(timeout_min=cluster.time_min or _TIMEOUT_MIN, setup=cluster.setup)
+    python = entries.python(config, shlex.quote(sys.executable))
+    executor = submitit.LocalExecutor(folder=paths.jobs, python=python)
+    # With setup lines the environment is set after them; without, there need not be a shell.
+    setup = cluster.setup and [*cluster.setup, *entries.export_lines(config, paths)]
+    executor.update_parameters(timeout_min=cluster.time_min or _TIMEOUT_MIN, setup=setup)
+    env = {**entries.JOB_ENV, **cluster.env}
+    if config.snapshot:
+        env |= entries.snapshot_env(paths, env.get("PYTHONPATH", os.environ.get("PYTHONPATH")))
     root = str(paths.root)
     gpus = os.environ.get("CUDA_VISIBLE_DEVICES")
     count = min(cluster.array_tasks, cluster.max_parallel or cluster.array_tasks)
-    with _untouched_by_terminal({**entries.JOB_ENV, **cluster.env}):
+    with _untouched_by_terminal(env, paths.jobs / "controllers.log"):
         try:
             job = executor.submit(entries.call_with_gpus, gpus, server, root)
             submission.server = job.job_id
@@ -52,19 +60,28 @@ def submit(
 
 
 @contextlib.contextmanager
-def _untouched_by_terminal(env: dict[str, str]) -> Iterator[None]:
+def _untouched_by_terminal(env: dict[str, str], log: Path) -> Iterator[None]:
     """Start processes that a Ctrl-C or the end of the terminal does not reach.
 
     An ignored signal stays ignored in a new program; submit itself decides what a Ctrl-C means.
+    Nor do they hold submit's output open: who reads it through a pipe waits for its end.
     """
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
     saved = {name: os.environ.get(name) for name in env}
     os.environ.update(env)
     for number in before:
         signal.signal(number, signal.SIG_IGN)
+    sys.stdout.flush()
+    outputs = {fd: os.dup(fd) for fd in (1, 2)}
+    with log.open("ab") as file:
+        for fd in outputs:
+            os.dup2(file.fileno(), fd)
     try:
         yield
     finally:
+        for fd, output in outputs.items():
+            os.dup2(output, fd)
+            os.close(output)
         for number, handler in before.items():
             signal.signal(number, handler)
         for name, value in saved.items():

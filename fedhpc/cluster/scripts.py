@@ -1,6 +1,8 @@
 """The sbatch scripts of a run, written by submitit."""
 
+import math
 import shlex
+import sys
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +11,7 @@ from typing import Any
 import submitit
 from submitit.core import utils
 
-from fedhpc.cluster import entries, slurm
+from fedhpc.cluster import entries, options, slurm
 from fedhpc.cluster.submission import Submission
 from fedhpc.config import Config, JobOptions
 from fedhpc.errors import SubmissionError
@@ -62,12 +64,11 @@ class _Executor(submitit.SlurmExecutor):
 
 def texts(config: Config, paths: RunPaths) -> dict[str, str]:
     """Return both scripts as they would be submitted, without submitting anything."""
-    submitit_folder = paths.jobs
     executors = {
-        "server": _server(config, paths, submitit_folder),
-        "clients": _clients(config, paths, submitit_folder, "<server job>"),
+        "server job": _server(config, paths),
+        "client array": _clients(config, paths, "SERVER_JOB"),
     }
-    return {role: executor.text() for role, executor in executors.items()}
+    return {job: executor.text() for job, executor in executors.items()}
 
 
 def submit(
@@ -86,9 +87,9 @@ def submit(
     """
     root = str(paths.root)
     try:
-        executor = _server(config, paths, paths.jobs)
+        executor = _server(config, paths)
         submission.server = executor.submit(entries.call, server, root).job_id
-        executor = _clients(config, paths, paths.jobs, submission.server)
+        executor = _clients(config, paths, submission.server)
         with executor.batch():
             jobs = [
                 executor.submit(entries.call, client, root)
@@ -99,113 +100,106 @@ def submit(
         raise SubmissionError(f"a job could not be prepared in {paths.jobs}: {error}") from error
 
 
-def _server(config: Config, paths: RunPaths, folder: Path) -> _Executor:
-    cluster = config.cluster
-    # GPUs are for the clients: the server has some only where its own section asks for them.
-    common = cluster.model_copy(update={"gpus_per_task": None, "gres": None})
-    return _executor(config, paths, folder, common, cluster.server, "server")
+def _server(config: Config, paths: RunPaths) -> _Executor:
+    return _executor(config, paths, options.of_server(config.cluster), "server")
 
 
-def _clients(config: Config, paths: RunPaths, folder: Path, server_job: str) -> _Executor:
+def _clients(config: Config, paths: RunPaths, server_job: str) -> _Executor:
     cluster = config.cluster
-    executor = _executor(config, paths, folder, cluster, cluster.clients, "clients")
+    executor = _executor(config, paths, options.of_clients(cluster), "clients")
     if cluster.dependency:
-        executor.parameters["additional_parameters"].setdefault("dependency", f"after:{server_job}")
+        more = executor.parameters["additional_parameters"]
+        # "," means that all must hold, whatever the user waits for besides.
+        more["dependency"] = ",".join(filter(None, [more.get("dependency"), f"after:{server_job}"]))
     executor.parameters["array_parallelism"] = cluster.max_parallel or cluster.array_tasks
     executor.parameters["map_count"] = cluster.array_tasks
     return executor
 
 
-def _executor(
-    config: Config,
-    paths: RunPaths,
-    folder: Path,
-    common: JobOptions,
-    special: JobOptions,
-    role: str,
-) -> _Executor:
-    parameters = job_parameters(common, special)
-    on_gpu = bool(parameters["gpus_per_task"] or "gpu" in (parameters["gres"] or ""))
-    python, srun_args = _python(config, paths, on_gpu=on_gpu)
-    executor = _Executor(folder=folder, python=python)
+def _executor(config: Config, paths: RunPaths, job: JobOptions, role: str) -> _Executor:
+    parameters = job_parameters(job)
+    python, srun_args = _python(config, paths, on_gpu=options.gpus(job) > 0)
+    if job.cpus_per_task:  # srun does not inherit it in Slurm 22.05 and 23.02
+        srun_args = [f"--cpus-per-task={job.cpus_per_task}", *srun_args]
+    executor = _Executor(folder=paths.jobs, python=python)
     executor.update_parameters(
         **parameters,
         job_name=f"{paths.run_id}-{role}",
-        setup=_setup(config, parameters["additional_parameters"]),
+        setup=_setup(config, paths, parameters["additional_parameters"]),
         srun_args=srun_args,
     )
     return executor
 
 
-def job_parameters(common: JobOptions, special: JobOptions) -> dict[str, Any]:
-    """Return submitit's parameters for a job: the common options with the job's own over them."""
-    options = {
-        **common.model_dump(include=set(JobOptions.model_fields)),
-        **special.model_dump(exclude_none=True, exclude_defaults=True),
-    }
-    mem_gb = options["mem_gb"]
-    named = {
-        "reservation": options["reservation"],
-        "export": options["export"],
+def job_parameters(job: JobOptions) -> dict[str, Any]:
+    """Return submitit's parameters for a job with these options."""
+    more = {
+        "reservation": job.reservation,
+        "export": job.export,
         # Sites differ in what they do by default; a run is made to survive it.
-        "requeue": True,
+        "requeue": not job.extra.get("no-requeue"),
+        **job.extra,
     }
-    extra = {**common.extra, **special.extra}
-    if "no-requeue" in extra:
-        del named["requeue"]
-    return {
-        "partition": options["slurm_partition"],
-        "account": options["account"],
-        "qos": options["qos"],
-        "constraint": options["constraint"],
-        "nodelist": options["nodelist"],
-        "exclude": options["exclude"],
-        "comment": options["comment"],
-        "mail_user": options["mail_user"],
-        "mail_type": options["mail_type"],
+    parameters = {
+        "partition": job.slurm_partition,
+        "account": job.account,
+        "qos": job.qos,
+        "constraint": job.constraint,
+        "nodelist": job.nodelist,
+        "exclude": job.exclude,
+        "comment": job.comment,
+        "mail_user": job.mail_user,
+        "mail_type": job.mail_type,
         "ntasks_per_node": 1,  # Slurm refuses gpus_per_task without
         # submitit's 90 s before the limit would be most of a short job.
-        "signal_delay_s": min(_WARNING_S, (options["time_min"] or 1e9) * 60 // 6),
-        "time": options["time_min"],  # without: the partition's, where submitit would say 5
-        "mem": mem_gb and f"{mem_gb * 1000:.0f}M",
-        "cpus_per_task": options["cpus_per_task"],
-        "gpus_per_task": options["gpus_per_task"] or None,
-        "gres": options["gres"],
+        "signal_delay_s": min(_WARNING_S, (job.time_min or 1e9) * 60 // 6),
+        "time": job.time_min,  # without: the partition's, where submitit would say 5
+        "mem": job.mem_gb and f"{math.ceil(job.mem_gb * 1000)}M",  # 0M would be all of the node's
+        "cpus_per_task": job.cpus_per_task,
+        "gpus_per_task": job.gpus_per_task or None,
+        "gres": job.gres,
         "wckey": None,  # submitit sets one, which many sites refuse
-        "additional_parameters": {
-            **{name: value for name, value in named.items() if value is not None},
-            # False is an option that is not given.
-            **{name: value for name, value in extra.items() if value is not False},
-        },
     }
+    for key in job.extra:  # it wins, and an option is given once
+        if (name := key.replace("-", "_")) in parameters:
+            parameters[name] = None
+    # False is an option that is not given; 0 is given.
+    given = {key: value for key, value in more.items() if value is not None and value is not False}
+    return {**parameters, "additional_parameters": given}
 
 
-def _setup(config: Config, options: dict[str, Any]) -> list[str]:
+def _setup(config: Config, paths: RunPaths, given: dict[str, Any]) -> list[str]:
     """Return the shell lines before Python starts."""
     lines = [f"export {name}={value}" for name, value in entries.JOB_ENV.items()]
-    if "export" in options:
+    if "export" in given:
         lines.append("export SLURM_EXPORT_ENV=ALL")  # else srun would drop what these lines set
-    lines += config.cluster.setup
-    lines += [f"export {name}={shlex.quote(value)}" for name, value in config.cluster.env.items()]
-    return lines
+    return [*lines, *config.cluster.setup, *entries.export_lines(config, paths)]
 
 
-def _python(config: Config, paths: RunPaths, *, on_gpu: bool) -> tuple[str | None, list[str]]:
+def _python(config: Config, paths: RunPaths, *, on_gpu: bool) -> tuple[str, list[str]]:
     """Return the shell words that start Python, and further arguments of srun."""
     container = config.cluster.container
     if container.image is None:
-        return config.cluster.python, []
-    python = config.cluster.python or "python3"
+        return entries.python(config, shlex.quote(sys.executable)), []
+    python = entries.python(config, "python3")
     folders = _seen_by_jobs(config, paths)
+    here = str(Path.cwd())  # where a job starts, and an app's relative paths begin
     if container.runtime == "pyxis":
         mounts = ",".join(f"{folder}:{folder}" for folder in folders)
-        arguments = [f"--container-image={container.image}", f"--container-mounts={mounts}"]
+        arguments = [
+            f"--container-image={container.image}",
+            f"--container-mounts={mounts}",
+            f"--container-workdir={here}",
+        ]
         return python, [*arguments, *container.options]
-    words = ["apptainer", "exec", *(["--nv"] if on_gpu else []), "--bind", ",".join(folders)]
+    words = ["apptainer", "exec", *(["--nv"] if on_gpu else [])]
+    words += ["--bind", ",".join(folders), "--pwd", here]
     return f"{shlex.join([*words, *container.options, container.image])} {python}", []
 
 
 def _seen_by_jobs(config: Config, paths: RunPaths) -> Sequence[str]:
-    """Return the folders that a container must show."""
-    wanted = [str(paths.root.parent), config.data.root, config.data.source, config.app.dir]
-    return [path for path in dict.fromkeys(wanted) if path]
+    """Return the folders that a container must show; one that is missing would be an error."""
+    wanted = [str(paths.root.parent), str(Path.cwd()), config.app.dir]
+    if config.app.is_builtin:
+        wanted.append(config.data.root)
+    return [path for path in dict.fromkeys(wanted) if path and path != "/"]

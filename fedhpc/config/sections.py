@@ -285,6 +285,10 @@ class Config(Section):
     seed: Annotated[StrictInt, Field(ge=0, lt=2**63)] = Field(
         0, description="everything random derives from it"
     )
+    snapshot: StrictBool = Field(
+        False,
+        description="copy the app's code into the run folder; queued and requeued jobs use it",
+    )
     app: App = Field(App(), description=App.__doc__)
     federation: Federation = Field(Federation(), description=Federation.__doc__)
     data: Data = Field(Data(), description=Data.__doc__)
@@ -336,14 +340,22 @@ def combination_problems(config: Config) -> Iterator[str]:
     if config.data.name == "digits" and config.data.source is not None:
         yield "data.source: digits come with scikit-learn, expected null"
     for job, options in (("", cluster), ("server.", cluster.server), ("clients.", cluster.clients)):
-        if options.gpus_per_task and options.gres:
+        if options.gpus_per_task and "gpu" in (options.gres or ""):
             yield f"cluster.{job}gres: expected either gres or gpus_per_task, found both"
-        for key in options.extra:
+        for key, value in options:
+            if isinstance(value, str) and not value.isprintable():
+                yield f"cluster.{job}{key}: expected one line of text, found {value!r}"
+        for key, value in options.extra.items():
+            if isinstance(value, str) and not value.isprintable():
+                yield f"cluster.{job}extra.{key}: expected one line of text, found {value!r}"
             if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
                 yield (
                     f"cluster.{job}extra.{key}: expected the long name of an sbatch option,"
                     " e.g. 'mail-type'"
                 )
+    for name in cluster.env:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+            yield f"cluster.env.{name}: expected the name of an environment variable"
     if (app.server is None) != (app.client is None) and app.dir is None:
         missing = "server" if app.server is None else "client"
         yield f"app.{missing}: expected 'module:attribute' as app has the other one, found null"

@@ -170,9 +170,9 @@ class ForkServer:
             self._become_child()
             if self._options["spawn"]:
                 os.set_inheritable(channel_fd, True)
+                python = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
                 os.execv(  # noqa: S606
-                    sys.executable,
-                    [sys.executable, "-m", "fedhpc.isolation.child", str(channel_fd)],
+                    sys.executable, [*python, "-m", "fedhpc.isolation.child", str(channel_fd)]
                 )
             child.serve(socket.socket(fileno=channel_fd), self._options["child"])
             code = 0

@@ -45,9 +45,11 @@ class Launcher:
         # Every descendant inherits it, also one that left its group and lost its parents.
         self._mark = uuid.uuid4().hex
         self._control, theirs = channel.pair()
+        # It finds modules where this process does, also without the working directory.
+        python = [sys.executable, *(["-P"] if sys.flags.safe_path else [])]
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "fedhpc.isolation.forkserver", str(theirs.fileno())],
+                [*python, "-m", "fedhpc.isolation.forkserver", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, **env, _MARK: self._mark},
                 start_new_session=True,  # a Ctrl-C in the terminal is the array task's to handle

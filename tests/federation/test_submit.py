@@ -101,17 +101,23 @@ def test_a_server_without_array_tasks_fails_at_its_deadline(submitter: Submitter
     assert read_json(paths.status)["state"] == "failed"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
+@pytest.mark.parametrize(
+    ("number", "state", "code", "reason"),
+    [
+        (signal.SIGTERM, "cancelled", 128 + signal.SIGTERM, "stopped by SIGTERM"),
+        (signal.SIGUSR2, "failed", 75, "time limit"),
+    ],
+)
 def test_a_server_that_is_told_to_stop_leaves_within_5_s(
-    number: signal.Signals, submitter: Submitter
+    number: signal.Signals, state: str, code: int, reason: str, submitter: Submitter
 ) -> None:
     process = submitter.start(["federation.num_rounds=1000"])
     eventually(lambda: list(submitter.runs_dir.glob("*/fits.jsonl")), 60)
     paths = submitter.newest()
     os.kill(read_json(paths.process("server"))["pid"], number)
-    eventually(lambda: run_state.read(paths)["state"] == "cancelled", 5)
-    assert process.wait(timeout=30) == 128 + number
-    assert number.name in run_state.read(paths)["reason"]
+    eventually(lambda: run_state.read(paths)["state"] == state, 5)
+    assert process.wait(timeout=30) == code
+    assert reason in run_state.read(paths)["reason"]
 
 
 def test_clients_evaluate_on_examples_that_they_do_not_train_on(submitter: Submitter) -> None:

@@ -200,6 +200,17 @@ FIRST_STAGE: dict[str, Bad] = {
         "cluster: {extra: {--mail-type: END}}",
         "cluster.extra.--mail-type: expected the long name of an sbatch option, e.g. 'mail-type'",
     ),
+    "a comment of two lines": bad(
+        'cluster: {comment: "a\\nb"}', "cluster.comment: expected one line of text, found 'a\\nb'"
+    ),
+    "an sbatch option of two lines": bad(
+        'cluster: {server: {extra: {licenses: "a\\nb"}}}',
+        "cluster.server.extra.licenses: expected one line of text, found 'a\\nb'",
+    ),
+    "a variable with a dash": bad(
+        "cluster: {env: {MY-VAR: a}}",
+        "cluster.env.MY-VAR: expected the name of an environment variable",
+    ),
     "half an app": bad(
         "app: {server: 'a:b'}",
         "app.client: expected 'module:attribute' as app has the other one, found null",
@@ -732,7 +743,7 @@ def test_the_command_survives_an_app_that_prints_and_raises(tmp_path: Path) -> N
 QUICK = {
     "--help": (["--help"], 0),
     "--schema": (["--schema"], 0),
-    "--dry-run": ([FILE, "--dry-run"], 0),
+    "--dry-run": ([FILE, "--dry-run", "--executor", "local"], 0),  # test_plan.py: with scripts
     "a schema error": ([FILE, "--set", "federation.num_clients=0"], BAD_CONFIG),
 }
 
