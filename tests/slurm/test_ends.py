@@ -141,6 +141,7 @@ def test_a_refused_client_array_takes_the_server_job_with_it(
 def test_a_run_at_its_time_limit_says_so(submitter: SlurmSubmitter) -> None:
     paths = submitter.detach([*FOREVER, "cluster.time_min=1", "cluster.array_tasks=2"])
     eventually(lambda: state(paths) in run_state.ENDED, 120)
+    assert state(paths) == "failed"
     assert "time limit" in run_state.read(paths)["reason"]
     eventually(lambda: all_ended(paths), 30)
 
@@ -153,6 +154,9 @@ def test_a_server_whose_clients_still_wait_near_its_time_limit_queues_again(
     )
     eventually(lambda: "queued again" in run_state.read(paths)["reason"], 90)
     assert "PENDING (BeginTime)" in run_state.read(paths)["reason"]
+    # Slurm may send its warning up to a minute early, which is all of this limit.
+    more_time = ["scontrol", "update", f"JobId={jobs_of(paths)['server'].job_id}", "TimeLimit=10"]
+    subprocess.run(more_time, check=True, timeout=30)
     eventually(lambda: state(paths) == "finished", 150)
     assert run_state.read(paths)["attempt"] == 2
 
