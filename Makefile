@@ -4,16 +4,21 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test check proto clean
+.PHONY: help demo test test-slurm check proto clean
 
 help:  ## Show this list
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
 
 demo: $(VENV)/.installed  ## Run a small federation on this machine
 	$(BIN)/python -m fedhpc.submit configs/digits.yaml --executor local --follow
 
 test: $(VENV)/.installed-test  ## Run the tests; no root, Slurm or GPU needed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest --ignore=tests/slurm $(PYTEST_ARGS)
+
+test-slurm: $(VENV)/.installed-test  ## Run the tests on a real Slurm, made on this machine; needs root
+	trap '$(BIN)/python tests/devcluster/devcluster.py down' EXIT; \
+	$(BIN)/python tests/devcluster/devcluster.py up && \
+	$(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-check  ## Check style, types and layers
 	$(BIN)/ruff format --check .

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Any
 
 from fedhpc import config, environment, files, logging_setup, network, rendezvous, run_state
-from fedhpc.cluster import slurm, submission
+from fedhpc.cluster import entries, slurm, submission
 from fedhpc.errors import FedHPCError, PlatformError, RunError
 from fedhpc.federation import apps, certificates, compat, dispatch, fit
 from fedhpc.federation.grid import HpcGrid
@@ -77,10 +77,11 @@ class Server:
         except _Stop as stop:
             if stop.requeue:
                 return self._requeue()
-            why = f"the server was stopped by {stop}"
             if stop.signum == signal.SIGUSR2:
-                why += ": its time limit (cluster.time_min) is near, or it is preempted"
-            return self._end("cancelled", why, stop=stop)
+                why = "the server's time limit (cluster.time_min) is near, or it is preempted"
+                return self._end("failed", why, PlatformError.exit_code)
+            code = _KILLED_BY_SIGNAL + stop.signum
+            return self._end("cancelled", f"the server was stopped by {stop}", code)
         except KeyboardInterrupt:  # the debug executor runs in a terminal
             return self._end("cancelled", "by Ctrl-C", _KILLED_BY_SIGNAL + signal.SIGINT)
         except SystemExit as error:
@@ -205,12 +206,8 @@ class Server:
             **self._recorder.progress(),
         }
 
-    def _end(
-        self, state: run_state.State, reason: str, code: int = 1, stop: _Stop | None = None
-    ) -> int:
+    def _end(self, state: run_state.State, reason: str, code: int = 1) -> int:
         """Write the last status and return the exit code."""
-        if stop is not None:
-            code = _KILLED_BY_SIGNAL + stop.signum
         if self._superseded.is_set():
             logger.warning("a server with a higher attempt has come; this one leaves")
             return PlatformError.exit_code
@@ -283,6 +280,7 @@ def run(run_dir: str) -> None:
     for signum in (signal.SIGTERM, signal.SIGUSR2):
         signal.signal(signum, _stop_on_signal)
     try:
+        entries.use_snapshot(run_dir)
         code = Server(open_run_folder(Path(run_dir))).run()
     except FedHPCError as error:
         logger.error("%s", error)

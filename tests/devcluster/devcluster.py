@@ -2,9 +2,8 @@
 """A real Slurm cluster of four nodes on this one Linux machine; README.md says how to use it.
 
 Every node has network, mounts and host name of its own. The daemons are children of one process,
-the keeper, which starts what it is told to start, reaps, and does nothing else. All daemons carry
-MARK in their environment, and all that runs on a node is in its network namespace: by these two
-`down` finds everything, also when the keeper is gone.
+the keeper, which starts what it is told to, reaps, and does nothing else. All daemons carry MARK
+in their environment, and all on a node is in its network namespace: by these two `down` finds all.
 """
 
 import argparse
@@ -55,15 +54,17 @@ ReturnToService=2
 # Tests need not wait long for a start, nor until a node's end is noticed.
 SchedulerParameters=sched_interval=1,batch_sched_delay=0,bf_interval=1
 SlurmdTimeout=10
-# A job in gpu takes the place of one in preempt, which gets SIGTERM and is requeued 5 s later.
+MessageTimeout=5
+# A job in gpu takes the place of one in preempt: SIGTERM, SIGKILL after KillWait (30 s), requeue.
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 NodeName=n[1-4] NodeAddr=10.77.0.[1-4] CPUs=8 RealMemory=20000 Gres=gpu:2
 PartitionName=gpu Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF
-PartitionName=preempt Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
+PartitionName=preempt Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE
 """
 ACCOUNTING_CONF = "AccountingStorageType=accounting_storage/slurmdbd\n"
 ACCOUNTING_CONF += f"AccountingStorageHost={BRIDGE_ADDRESS}\n"
+ACCOUNTING_CONF += "AccountingStoragePass=ROOT/munge/socket\n"
 SLURMDBD_CONF = f"""\
 DbdHost={HOST}
 DbdAddr={BRIDGE_ADDRESS}
@@ -72,8 +73,7 @@ PidFile=ROOT/run/slurmdbd.own
 StorageType=accounting_storage/mysql
 StorageUser=root
 """
-HOSTS = f"127.0.0.1 localhost\n{BRIDGE_ADDRESS} {HOST}\n"
-HOSTS += "".join(f"{address} {node}\n" for node, address in NODES.items())
+HOSTS = {"localhost": "127.0.0.1", HOST: BRIDGE_ADDRESS} | NODES
 COMMANDS = {
     "keeper": f"{sys.executable} {Path(__file__).resolve()} keeper --root ROOT",
     "munged": "munged --foreground --key-file=ROOT/munge/key --socket=ROOT/munge/socket"
@@ -210,8 +210,7 @@ class Cluster:
             wait(f"{name} at work", lambda: self.missing(name, since), 20)
         except Trouble as trouble:
             log = (self.root / "log" / name).read_text(errors="replace").splitlines()
-            text = "\n  ".join([f"the end of {name}'s log:", *log[-15:]])
-            raise Trouble(f"{trouble}\n{text}") from None
+            raise Trouble("\n  ".join([f"{trouble}\n{name}'s log ends:", *log[-15:]])) from None
 
     def missing(self, name: str, since: str) -> str:
         """Say what a daemon, started at that time, does not do yet."""
@@ -222,8 +221,7 @@ class Cluster:
         if name in SOCKETS:
             return "" if (self.root / SOCKETS[name]).exists() else f"no {SOCKETS[name]}"
         if name == "slurmdbd":
-            answer = run("sacctmgr --noheader show cluster", check=False)
-            return answer if "error" in answer else ""
+            return run("sacctmgr --noheader show cluster", check=False)  # there is none yet
         if name == "slurmctld":
             answer = run("scontrol ping", check=False)
             return "" if " is UP" in answer else answer
@@ -259,7 +257,7 @@ class Cluster:
         for name in ("log", "munge", "run", "spool", "state"):
             (self.root / name).mkdir()
         self.write("munge/key", os.urandom(64).hex(), 0o600)
-        self.write("hosts", HOSTS)
+        self.write("hosts", "".join(f"{HOSTS[name]} {name}\n" for name in HOSTS))
         self.write("resolv.conf", "nameserver 127.0.0.1\n")  # unknown names fail at once
         self.write("slurm.conf", SLURM_CONF + (ACCOUNTING_CONF if accounting else ""))
         self.write("gres.conf", "NodeName=n[1-4] Name=gpu File=ROOT/gpu[0-1]\n")
@@ -278,8 +276,7 @@ class Cluster:
             run(f"mariadb-install-db --no-defaults --user=root --datadir={self.root}/db")
             self.start("mariadbd")
             self.start("slurmdbd")
-            for entity in ("cluster fedhpc", "account test", "user root account=test"):
-                run(f"sacctmgr --immediate add {entity}")
+            run("sacctmgr --immediate add cluster fedhpc")
         self.start("slurmctld")
         self.start(*NODES)
         (self.root / "ready").touch()
@@ -368,11 +365,11 @@ def act(args: argparse.Namespace) -> int:
             cluster.start(args.node)
         elif args.command == "cable":
             run(f"ip link set fedhpc-{args.node} {args.state}")
-        elif args.command.endswith("-controller"):
-            if args.command != "start-controller":
-                kill("slurmctld", lambda: processes_of(root, "slurmctld"))
-            if args.command != "stop-controller" and not cluster.pid("slurmctld"):
-                cluster.start("slurmctld")
+        verb = args.command.removesuffix("-controller")
+        if verb in ("stop", "restart"):
+            kill("slurmctld", lambda: processes_of(root, "slurmctld"))
+        if verb in ("start", "restart") and not cluster.pid("slurmctld"):
+            cluster.start("slurmctld")
     return 0
 
 
