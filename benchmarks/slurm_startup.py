@@ -4,8 +4,9 @@
 
 Needs Slurm's commands; on the devcluster add ``-- --set isolation.device=cpu``. Each repeat submits
 configs/digits.yaml for one round and prints, in seconds: submission to the start of the server job,
-to the start of the last array task (both are Slurm's), from there to the first fit that ran, and
-from the end of the run to an empty queue. Times are Slurm's own, which are whole seconds, and the
+to the start of the last array task (both are Slurm's), from there to round 1 (its work is handed
+out), to the first fit (its fork server has loaded torch), and from the end of the run to an empty
+queue. Times are Slurm's own, which are whole seconds, and the
 files' of the run folder.
 """
 
@@ -57,11 +58,14 @@ def measure(array_tasks: int, options: list[str], runs_dir: Path) -> dict[str, f
     last_s = max(start for role, start in starts.items() if role != "server")
     first_fit = min(files.read_lines(paths.fits), key=lambda fit: fit["time_s"])
     # fits.jsonl counts from the start of the server's process, which wrote its first attempt then.
-    began_s = paths.attempt(1).stat().st_mtime + first_fit["time_s"] - first_fit["run_s"]
+    trained_s = paths.attempt(1).stat().st_mtime + first_fit["time_s"] - first_fit["return_s"]
+    trained_s -= first_fit["run_s"]
+    handed_s = trained_s - first_fit["start_s"] - first_fit["wait_s"]
     return {
         "submitted to server job": starts["server"] - submitted_s,
         "submitted to last array task": last_s - submitted_s,
-        "last array task to first fit": began_s - last_s,
+        "last array task to round 1": handed_s - last_s,
+        "last array task to first fit": trained_s - last_s,
         "end to empty queue": gone_s - ended_s,
     }
 

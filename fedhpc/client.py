@@ -334,6 +334,8 @@ class ArrayTask:
         """Give the node back and wait in the queue for the server to start again."""
         logger.warning("%s; this array task queues behind it", error.message)
         job_id = self._environment.job_id
+        # Slurm ends everything here as soon as the job is requeued; our next commands inherit this.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         slurm.control("requeuehold", job_id)
         dependency = f"Dependency=after:{self._server_job.job_id}"
         slurm.control("update", f"JobId={job_id}", dependency)

@@ -140,3 +140,17 @@ def test_one_allocation_ends_in_the_same_model(
     run = Run(submitter.newest(), 0, "")
     assert run.checksum == reference.checksum
     assert len(hosts_of(run)) == 3
+
+
+def test_an_array_task_gives_its_node_back_while_its_server_waits_in_the_queue(
+    submitter: SlurmSubmitter, reference: Run
+) -> None:
+    paths = submitter.detach(
+        ["cluster.dependency=false", "cluster.reattach_timeout_min=0.05",
+         "cluster.server={extra: {begin: now+40}}"]
+    )  # fmt: skip
+    eventually(lambda: jobs_of(paths)["client-0"].running, 30)
+    eventually(lambda: jobs_of(paths)["client-0"].describe() == "PENDING (Dependency)", 60)
+    assert jobs_of(paths)["server"].pending
+    eventually(lambda: run_state.read(paths)["state"] in run_state.ENDED, 120)
+    assert Run(paths, 0, "").checksum == reference.checksum
