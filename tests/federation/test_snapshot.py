@@ -14,6 +14,13 @@ from test_apps import CLIENT, PYPROJECT, SERVER
 import fedhpc
 from fedhpc import run_state
 
+SMALLER = [
+    "snapshot=true",
+    "federation.num_clients=2",
+    "federation.clients_per_round=2",
+    "federation.num_rounds=1",
+]
+ENV = {"PYTHONDONTWRITEBYTECODE": ""}  # each child would compile the copy anew
 BROKEN = 'raise RuntimeError("changed after the submission")\n'
 # A module beside it, and a file of the folder that submit was called in.
 HELPED = (
@@ -35,7 +42,7 @@ def app_folder(folder: Path) -> tuple[list[str], Path]:
     write(code, {"pyproject.toml": PYPROJECT, "counting/__init__.py": "",
                  "counting/server_app.py": server, "counting/client_app.py": client,
                  "counting/helper.py": ""})  # fmt: skip
-    return ["app.dir=app"], code
+    return ["app.dir=app", "app.run_config.num-server-rounds=1"], code
 
 
 def modules(folder: Path) -> tuple[list[str], Path]:
@@ -48,8 +55,6 @@ def modules(folder: Path) -> tuple[list[str], Path]:
         "app.server='my_server:app'",
         "app.client='my_client:app'",
         f"app.run_config={json.dumps(run_config)}",
-        "federation.num_clients=2",
-        "federation.clients_per_round=2",
         "isolation.start_method=spawn",
     ], folder
 
@@ -103,8 +108,17 @@ def submit(
     submitter: Submitter, folder: Path, sets: Sequence[str]
 ) -> "subprocess.CompletedProcess[str]":
     """Submit from a folder, with a fedhpc that lies in its ``site`` if there is one."""
-    command = submitter.command([*sets, "snapshot=true"], config=folder / "c.yaml", follow=False)
-    return subprocess.run(
-        command, cwd=folder, env={**os.environ, "PYTHONPATH": str(folder / "site")},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=90,
-    )  # fmt: skip
+    command = submitter.command([*SMALLER, *sets], config=folder / "c.yaml", follow=False)
+    # Not a pipe: local jobs keep submit's output open.
+    with (folder.parent / "output").open("w+") as output:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, **ENV, "PYTHONPATH": str(folder / "site")},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=90,
+        )
+        output.seek(0)
+        return subprocess.CompletedProcess(command, done.returncode, output.read())
