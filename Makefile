@@ -1,4 +1,5 @@
 # make PYTHON=/path/to/python3.12   uses another interpreter for .venv
+# make DEVCLUSTER=--accounting test-slurm   has slurmdbd and MariaDB too
 # make VENV=/path/to/venv           uses (or makes) an environment elsewhere, e.g. off a small home
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,7 +18,7 @@ test: $(VENV)/.installed-test  ## Run the tests; no root, Slurm or GPU needed
 
 test-slurm: $(VENV)/.installed-test  ## Run the tests on a real Slurm, made on this machine; needs root
 	trap '$(BIN)/python tests/devcluster/devcluster.py down' EXIT; \
-	$(BIN)/python tests/devcluster/devcluster.py up && \
+	$(BIN)/python tests/devcluster/devcluster.py up $(DEVCLUSTER) && \
 	$(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-check  ## Check style, types and layers
