@@ -5,9 +5,23 @@ import ipaddress
 import socket
 import struct
 
+from fedhpc.config import Cluster
 from fedhpc.errors import PlatformError
 
 _SIOCGIFADDR = 0x8915
+
+
+def server_address(cluster: Cluster) -> str:
+    """Return the address that the server of a run listens on.
+
+    Raises
+    ------
+    PlatformError
+        If there is no such interface.
+    """
+    if cluster.executor == "local" and cluster.interface is None:
+        return "127.0.0.1"
+    return reachable_address(cluster.interface)
 
 
 def reachable_address(interface: str | None) -> str:

@@ -56,6 +56,11 @@ class Server:
         self._config = config.load(paths.config)
         self._environment = environment.current()
         self._recorder = Recorder(paths)
+        if (ended := run_state.read(paths))["state"] in run_state.ENDED:
+            raise RunError(
+                f"the run has ended already: {ended['state']} {ended['reason']}",
+                "submit it again; a run folder is used once",
+            )
         self._attempt = _claim_attempt(paths)
         if self._attempt > 1:  # it begins at round 1 again, and so do its records
             for path in (paths.metrics, paths.fits):
@@ -114,8 +119,7 @@ class Server:
             on_idle=self._clients.check,
         )
         links = LinkServer(machine, options, paths, certificates.server_credentials(paths.secrets))
-        local = cluster.executor == "local" and cluster.interface is None
-        host = "127.0.0.1" if local else network.reachable_address(cluster.interface)
+        host = network.server_address(cluster)
         port = links.start(host)
         publisher = rendezvous.Publisher(
             paths,

@@ -89,7 +89,7 @@ def main(
         if executor is not None:
             chosen.append(f"cluster.executor={executor.value}")
         loaded = config.load(config_file, site, chosen)
-        resolved = _resolve(loaded, needs_sbatch=not dry_run)
+        resolved = resolve(loaded, needs_sbatch=not dry_run)
         if dry_run:
             plan.show(resolved, maybe_on_slurm=loaded.cluster.executor in ("auto", "slurm"))
             return
@@ -104,7 +104,7 @@ def main(
     raise typer.Exit(code)
 
 
-def _resolve(loaded: Config, *, needs_sbatch: bool) -> Config:
+def resolve(loaded: Config, *, needs_sbatch: bool) -> Config:
     """Decide what ``auto`` means, and make paths absolute: the jobs start elsewhere."""
     executor = loaded.cluster.executor
     if executor == "auto":

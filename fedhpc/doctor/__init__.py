@@ -4,33 +4,34 @@ A pair of jobs of some seconds, with the options of a run's jobs, looks at what 
 This module loads neither torch, flwr, grpc nor submitit at the top.
 """
 
-import contextlib
 import signal
-import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from fedhpc import commandline, config, submit
-from fedhpc.errors import ConfigError, PlatformError
+from fedhpc.errors import PlatformError
 
 if TYPE_CHECKING:
-    from fedhpc.doctor.pair import Outcome
+    from fedhpc.doctor.checks import Check
 
 __all__ = ["app", "main"]
 
 app = commandline.new_app()
 
 _CANCELLED = 130
+_STYLES = {"pass": "green", "warn": "yellow", "fail": "bold red"}
 
 
 @app.command(cls=commandline.Command)
 def main(
     config_file: Annotated[
-        Path | None, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.")
-    ] = None,
+        Path, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.")
+    ],
     executor: Annotated[
         submit.Executor | None,
         typer.Option(help="Where the jobs run; auto: Slurm where sbatch is found, else local."),
@@ -50,65 +51,42 @@ def main(
     as_json: commandline.AsJson = False,
 ) -> None:
     """Check with two short jobs what a run of CONFIG will need; exit code 0 if nothing failed."""
-    if config_file is None:
-        raise ConfigError("command line", ["CONFIG: expected a YAML file, found nothing"])
     chosen = [*(assignments or [])]
     if executor is not None:
         chosen.append(f"cluster.executor={executor.value}")
-    resolved = submit._resolve(config.load(config_file, site, chosen), needs_sbatch=True)
-    start_s = time.monotonic()
+    resolved = submit.resolve(config.load(config_file, site, chosen), needs_sbatch=True)
+    for number in (signal.SIGTERM, signal.SIGHUP):  # timeout(1), a closed terminal: as a Ctrl-C
+        signal.signal(number, signal.default_int_handler)
     try:
-        with _interrupts(), _progress() as show:
-            from fedhpc.doctor import pair
+        from fedhpc.doctor import pair
 
-            outcome = pair.examine(resolved, 60 * timeout_min, keep=keep, show=show)
+        found = pair.examine(
+            resolved, 60 * timeout_min, keep=keep, tell=lambda words: typer.echo(words, err=True)
+        )
     except KeyboardInterrupt:
-        typer.echo("\ncancelled; the jobs are gone", err=True)
+        typer.echo("\ncancelled", err=True)
         raise typer.Exit(_CANCELLED) from None
-    _print(outcome, time.monotonic() - start_s, as_json=as_json)
-    raise typer.Exit(PlatformError.exit_code if outcome.failed else 0)
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    """Take timeout(1) and a closed terminal as a Ctrl-C."""
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        before[number] = signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Show on standard error what is being waited for: one line in a terminal, else a line each."""
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda words: typer.echo(words, err=True)
-        return
-    with console.status("starting") as status:
-        yield lambda words: status.update(escape(words))
-
-
-def _print(outcome: "Outcome", seconds: float, *, as_json: bool) -> None:
-    from fedhpc.doctor import report
-
-    folder = str(outcome.folder) if outcome.folder else None
+    counts = dict.fromkeys(_STYLES, 0) | Counter(check.status for check in found)
     if as_json:
-        more = {"folder": folder, "logs": outcome.logs}
-        commandline.print_json(report.to_json(outcome.checks, seconds, **more))
-        return
-    console = commandline.console()
-    report.print_table(console, outcome.checks)
-    for role, lines in outcome.logs.items():
-        console.print(f"\nthe end of the {role}'s log:", style="bold")
-        console.print(lines, style="dim", soft_wrap=True)
-    if folder:
-        console.print(f"\nfolder: {folder}", soft_wrap=True)
-    console.print(f"\n{report.summary(outcome.checks, seconds)}")
+        commandline.print_json({**counts, "checks": [asdict(check) for check in found]})
+    else:
+        _print_table(found)
+        typer.echo(f"\n{', '.join(f'{count} {status}' for status, count in counts.items())}")
+    raise typer.Exit(PlatformError.exit_code if counts["fail"] else 0)
+
+
+def _print_table(checks: Sequence["Check"]) -> None:
+    """Print a row a check; what to do stands below what was found."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("result", "check", "where", "found, and what to do"):
+        table.add_column(name, overflow="fold", no_wrap=name == "result")
+    for check in checks:
+        found = Text(check.found)
+        if check.remedy:
+            found.append(f"\n-> {check.remedy}", style="bold")
+        result = Text(check.status, style=_STYLES[check.status])
+        table.add_row(result, Text(check.name), Text(check.where), found)
+    commandline.console().print(table)

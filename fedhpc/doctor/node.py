@@ -1,145 +1,258 @@
-"""The doctor's two jobs: what the server job and the array task do in place of a run."""
+"""The doctor's two jobs, and what they tell each other and the login node through its folder."""
 
 import contextlib
 import signal
-import sys
+import socket
+import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
+from typing import Any, Literal
 
-from fedhpc import config, environment, run_state
+from fedhpc import config, environment, files, network, run_state
 from fedhpc.cluster import options
-from fedhpc.config import Config
-from fedhpc.doctor import gpus, locks, port, probes
-from fedhpc.doctor.folder import Folder, Role
-from fedhpc.doctor.report import Check
+from fedhpc.doctor import checks
+from fedhpc.doctor.checks import Doubt
+from fedhpc.errors import PlatformError
+from fedhpc.isolation import ChildPool, PoolOptions, find_slots
+from fedhpc.paths import RunPaths
 
-_LINGER_PAUSE_S = 0.2
+Role = Literal["login", "server", "client-0"]
+JOBS: tuple[Role, ...] = ("server", "client-0")
+TITLES = {"login": "login node", "server": "server job", "client-0": "array task"}
+
+_ECHO_TIMEOUT_S = 70.0  # NFS clients may trust what they know of a folder for 60 s
+_ECHO_PAUSE_S = 0.1
+_SLOW_S = 5.0
+_CONNECT_TIMEOUT_S = 10.0
+_TRY_TIMEOUT_S = 3.0
 
 
 def server(root: str) -> None:
     """Be the server job of a doctor's folder."""
-    _Node(Path(root), "server").run()
+    Node(RunPaths(Path(root)), "server").run()
 
 
 def client(root: str, _index: int = 0) -> None:
     """Be the array task of a doctor's folder."""
-    _Node(Path(root), "client").run()
+    Node(RunPaths(Path(root)), "client-0").run()
 
 
-class _Node:
-    """One job of the pair."""
+class Node:
+    """One job of the pair: the server job or the array task of a doctor's folder."""
 
-    def __init__(self, root: Path, role: Role) -> None:
-        self.folder = Folder(root, role)
-        self.role = role
-        self.other: Role = "client" if role == "server" else "server"
-        self.where = self.folder.where
-        self.config: Config = config.load(self.folder.paths.config)
+    def __init__(self, paths: RunPaths, role: Role) -> None:
+        self._paths = paths
+        self._role = role
+        self._config = config.load(paths.config)
         of_role = options.of_server if role == "server" else options.of_clients
-        self.options = of_role(self.config.cluster)
-        self.environment = environment.current()
-        self.on_slurm = self.environment.on_slurm
-        self.login = self.folder.heard("hello", "login") or {}
-        self.deadline_s = time.monotonic() + float(self.login.get("timeout_s", 600.0))
-        self.checks: list[Check] = []
+        self._options = of_role(self._config.cluster)
+        self._environment = environment.current()
+        self._report: dict[str, Any] = {
+            "where": f"{TITLES[role]} ({self._environment.host})",
+            "machine": [self._environment.host, checks.boot_id()],
+            "lock_folders": checks.lock_folders(),
+            "versions": checks.versions(),
+            "checks": [],
+        }
 
     def run(self) -> None:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
-            signal.signal(number, _leave)  # submitit ignores the first
-        role = "server" if self.role == "server" else "client-0"
-        run_state.register_process(self.folder.paths, role, self.environment.job_id)
-        self.folder.answer_in_background()
-        hello = {
-            "host": self.environment.host,
-            "job_id": self.environment.job_id,
-            "kernel": locks.kernel(),
-            "folders": locks.identities(),
-        }
-        self.folder.say("hello", hello)
-        with contextlib.ExitStack() as stack:
-            if self.role == "server":
-                told = stack.enter_context(port.listening(self.config))
-                self.folder.say("port", told)
-                self.note("server's port", lambda: port.check_listening(told, self.where))
-            self.look_here()
-            self.look_at_the_other()
-            self.report(final=True)
-            while not self.folder.stopped() and time.monotonic() < self.deadline_s:
-                time.sleep(_LINGER_PAUSE_S)
-
-    def look_here(self) -> None:
-        """Check what needs nobody else, and report it: the other job may never start."""
-        resolved, where, on_slurm = self.config, self.where, self.on_slurm
-        exchange = self.folder.check_exchange
-        self.note("shared folder", lambda: exchange("login", str(self.login.get("host"))))
-        self.note("imports", lambda: probes.check_imports(where))
-        if resolved.app.is_builtin:
-            root = str(self.login.get("data_root"))
-            self.note("data", lambda: probes.check_data(resolved, where, root))
+        """Look at this node, then at the other one."""
+        for number in (signal.SIGTERM, signal.SIGUSR2):
+            signal.signal(number, signal.SIG_DFL)  # submitit would ignore the one and requeue
+        run_state.register_process(self._paths, self._role, self._environment.job_id)
+        answer_in_background(self._paths, self._role)
+        if self._role == "server":
+            self._look("server's port", self._listen)
+        self._tell()
+        self._look("shared folder", echo, self._paths, self._role, "login")
+        self._look_here()
+        self._tell()  # the other job may never start
+        if self._role == "server":
+            self._wait_for("client-0", "done")  # it connects, and wants answers
         else:
-            directory = str(self.login.get("directory"))
-            self.note("app", lambda: probes.check_app(resolved, where, directory))
-        cpus = self.options.cpus_per_task
-        self.note("cores", lambda: probes.check_cores(resolved, cpus, where, on_slurm=on_slurm))
-        memory = self.options.mem_gb
-        self.note("memory", lambda: probes.check_memory(memory, where, on_slurm=on_slurm))
-        if on_slurm:
-            job_id = self.environment.job_id
-            self.note("Slurm's commands", lambda: probes.check_slurm_commands(job_id, where))
-        wanted = options.gpus(self.options)
-        if self.role == "client" or wanted:
-            cores = self.environment.cpus
-            self.note("GPUs", lambda: gpus.check(resolved, wanted, cores, where, on_slurm=on_slurm))
-        self.report(final=False)
+            self._look_at_server()
+        self._tell(done=True)
 
-    def look_at_the_other(self) -> None:
-        """Check what needs the other job, once it has started."""
-        hello = self.folder.wait_for("hello", self.other, self.left_s())
-        if hello is None:
-            return  # the login node knows why, and says so
-        host = str(hello["host"])
-        self.note("shared folder", lambda: self.folder.check_exchange(self.other, host))
-        if self.role == "server":
-            return
-        told = self.folder.wait_for("port", "server", self.left_s())
-        if told is not None:
-            on_slurm = self.on_slurm
-            self.note(
-                "server's port", lambda: port.check_reach(told, self.where, host, on_slurm=on_slurm)
-            )
-        same = hello["kernel"] == locks.kernel() and host == self.environment.host
-        folders = hello["folders"] if same else None
-        job_id = self.environment.job_id
-        self.note("slot locks", lambda: locks.check(self.where, job_id, folders))
+    def _look(self, name: str, look: Callable[..., str], *arguments: Any) -> None:
+        found = checks.check(name, self._report["where"], look, *arguments)
+        self._report["checks"].append(asdict(found))
 
-    def note(self, name: str, check: Callable[[], Check | Iterable[Check]]) -> None:
-        """Run a check; one that raises does not keep the others from being made."""
+    def _tell(self, **more: Any) -> None:
+        self._report |= more
+        files.write_json(self._paths.root / f"{self._role}.json", self._report)
+
+    def _look_here(self) -> None:
+        app, isolation = self._config.app, self._config.isolation
+        self._look("cores", checks.cores, self._options.cpus_per_task, isolation.threads_per_fit)
+        if app.is_builtin:
+            self._look("data", checks.data, self._config)
+        else:
+            self._look("app", checks.app, self._config)
+        if self._environment.on_slurm:
+            self._look("Slurm's commands", checks.slurm_commands, self._environment.job_id)
+        gpus = options.gpus(self._options)
+        if self._role == "client-0" or gpus:
+            self._look("GPUs", checks.gpus, gpus, isolation.device)
+        device: Literal["auto", "cpu"] = "cpu" if isolation.device == "cpu" else "auto"
+        threads = isolation.threads_per_fit
+        how = PoolOptions(
+            isolation.start_method, threads_per_fit=threads, standby=False, huge_pages=False
+        )
+        with ChildPool(how) as pool:
+            slots = find_slots(device, 1, cpus=1, threads_per_fit=threads)
+            for slot in slots[:1] if self._role == "server" else slots:  # as in a run
+                gpu = slot.env["CUDA_VISIBLE_DEVICES"]
+                self._look(f"child on GPU {gpu}" if gpu else "child", checks.child, pool, slot)
+
+    def _look_at_server(self) -> None:
+        server = self._wait_for("server", "machine")
+        if not server:
+            return  # the login node knows why
+        same_node = server["machine"] == self._report["machine"]
+        self._look("shared folder", echo, self._paths, self._role, "server")
+        alone = same_node and self._environment.on_slurm
+        self._look("server's port", reach, server, self._paths.run_id, alone)
+        self._look("slot locks", checks.locks, server["lock_folders"] if same_node else None)
+
+    def _listen(self) -> str:
+        """Listen where the server of a run would, and on another port at every address.
+
+        The other one tells, if the first is out of reach, which interface to choose.
+        """
+        addresses, word = own_addresses(), self._paths.run_id
+        self._report |= {"addresses": addresses, "any_port": listen("", word)}
+        address = network.server_address(self._config.cluster)
         try:
-            found = check()
-            self.checks += [found] if isinstance(found, Check) else found
-        except Exception as error:
-            traceback.print_exc()
-            text = f"the check itself failed: {type(error).__name__}: {error}"
-            self.checks.append(Check(name, self.where, "fail", text, "see the job's log (--keep)"))
+            port = listen(address, word)
+        except OSError as error:
+            found = f"could not listen on {address}: {error.strerror}; here: {_named(addresses)}"
+            raise PlatformError(found, "choose with --set cluster.interface=NAME") from error
+        self._report |= {"address": address, "port": port}
+        return f"listens on {address}, port {port}"
 
-    def report(self, *, final: bool) -> None:
-        """Write what was found so far."""
-        value = {
-            "where": self.where,
-            "final": final,
-            "versions": probes.versions(),
-            "checks": [asdict(check) for check in self.checks],
-        }
-        self.folder.say("report", value)
-
-    def left_s(self) -> float:
-        return max(0.0, self.deadline_s - time.monotonic())
+    def _wait_for(self, role: Role, key: str) -> dict[str, Any]:
+        """Wait until a job has told something; return all that it told, or nothing."""
+        limit_s = 60 * (self._config.cluster.time_min or 1)
+        files.wait_until(lambda: key in report(self._paths, role), limit_s, 0.05, 0.2)
+        return report(self._paths, role)
 
 
-def _leave(signum: int, _frame: FrameType | None) -> None:
-    """Leave through the main thread's exits, so that child processes are ended too."""
-    sys.exit(128 + signum)
+def report(paths: RunPaths, role: Role) -> dict[str, Any]:
+    """Return what a job told so far."""
+    files.refresh_directory(paths.root)
+    return files.read_json(paths.root / f"{role}.json") or {}
+
+
+def answer_in_background(paths: RunPaths, me: Role) -> None:
+    """Answer each question to this party as long as its process lives."""
+
+    def answer() -> None:
+        while True:
+            for question in paths.root.glob(f"*.{me}.question"):
+                with contextlib.suppress(PlatformError):
+                    if not question.with_suffix(".answer").exists():
+                        files.write_atomic(question.with_suffix(".answer"), "")
+            time.sleep(_ECHO_PAUSE_S)
+
+    threading.Thread(target=answer, name="answers", daemon=True).start()
+
+
+def echo(paths: RunPaths, me: Role, other: Role) -> str:
+    """Write a file, once, and wait for one that another party writes when it sees it."""
+    question = paths.root / f"{me}.{other}.question"
+    start_s = time.monotonic()
+    files.write_atomic(question, "")
+
+    def answered() -> bool:
+        files.refresh_directory(paths.root)
+        return question.with_suffix(".answer").exists()
+
+    if not files.wait_until(answered, _ECHO_TIMEOUT_S, max_pause_s=_ECHO_PAUSE_S):
+        raise PlatformError(
+            f"wrote {question}, saw no answer of the {TITLES[other]} in {_ECHO_TIMEOUT_S:.0f} s",
+            "name a folder that all nodes see and write with --set cluster.runs_dir=DIR",
+        )
+    seconds = time.monotonic() - start_s
+    found = f"the {TITLES[other]} saw a file of this node and answered: {seconds:.2f} s"
+    if seconds > _SLOW_S:
+        raise Doubt(found, "everything starts later by as much: is there a faster shared disk?")
+    return found
+
+
+def own_addresses() -> dict[str, str]:
+    """Return the IPv4 address of each interface of this machine that has one."""
+    found = {}
+    for _, name in socket.if_nameindex():
+        with contextlib.suppress(PlatformError):
+            found[name] = network.reachable_address(name)
+    return found
+
+
+def _named(addresses: dict[str, str]) -> str:
+    return ", ".join(f"{address} ({name})" for name, address in addresses.items())
+
+
+def listen(address: str, word: str) -> int:
+    """Say a word to whoever connects, as long as this process lives; return the port."""
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, 0), family=family)
+
+    def greet() -> None:
+        while True:
+            with contextlib.suppress(OSError), listener.accept()[0] as connection:
+                connection.sendall(word.encode())
+
+    threading.Thread(target=greet, name="greetings", daemon=True).start()
+    return int(listener.getsockname()[1])
+
+
+def reach(server: dict[str, Any], word: str, alone: bool) -> str:
+    """Connect to the port in the server job's report, where it says ``word``.
+
+    ``alone`` means that the array task is on the same node of a cluster, which proves little.
+    """
+    if "port" not in server:
+        raise PlatformError("the server job could not listen", _what_works(server, word))
+    target = f"{server['address']}, port {server['port']}, of the {server['where']}"
+    try:
+        seconds = _greeting(server["address"], server["port"], word, _CONNECT_TIMEOUT_S)
+    except OSError as error:
+        theirs, here = _named(server["addresses"]), _named(own_addresses())
+        raise PlatformError(
+            f"could not reach {target}: {error.strerror or error}; there: {theirs}; here: {here}",
+            _what_works(server, word),
+        ) from error
+    found = f"reached {target} in {1000 * seconds:.1f} ms"
+    if alone:
+        raise Doubt(
+            f"{found}; but it is this node, so nothing between nodes was tried",
+            "name two: --set cluster.server.nodelist=A --set cluster.clients.nodelist=B",
+        )
+    return found
+
+
+def _greeting(address: str, port: int, word: str, timeout_s: float) -> float:
+    """Connect, check that the server job answers, and return the seconds that it took."""
+    start_s = time.monotonic()
+    with (
+        socket.create_connection((address, port), timeout_s) as connection,
+        connection.makefile("rb") as stream,
+    ):
+        if stream.read(len(word)) != word.encode():
+            raise ConnectionError("something else answers there")
+    return time.monotonic() - start_s
+
+
+def _what_works(server: dict[str, Any], word: str) -> str:
+    """Return what to do: an interface of the server's node that is reached from here, if any."""
+    for name, address in server["addresses"].items():
+        with contextlib.suppress(OSError):
+            if name != "lo":
+                _greeting(address, server["any_port"], word, _TRY_TIMEOUT_S)
+                return f"--set cluster.interface={name}, which is reached from here"
+    return (
+        "name an interface that the nodes share with --set cluster.interface=NAME, or ask the site"
+        " whether nodes may connect to each other"
+    )

@@ -25,13 +25,14 @@ def device_of_this_child() -> "torch.device":
     if not torch.cuda.is_available():
         raise PlatformError(
             f"isolation.device: GPU {visible} was allotted, but torch {torch.__version__} (built"
-            f" for CUDA {torch.version.cuda}) cannot use it with driver {_driver_version()}",
+            f" for CUDA {torch.version.cuda}) cannot use it with driver {driver_version()}",
             "install a torch build for this driver, or set isolation.device: cpu",
         )
     return torch.device("cuda")
 
 
-def _driver_version() -> str:
+def driver_version() -> str:
+    """Return what the NVIDIA driver says of itself; "none" where there is none."""
     try:
         with open("/proc/driver/nvidia/version", encoding="utf-8") as file:  # noqa: PTH123
             return file.readline().strip()

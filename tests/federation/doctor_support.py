@@ -13,7 +13,6 @@ from support import DIGITS, REPOSITORY
 
 PLATFORM = 75
 CANCELLED = 130
-_VISIT_S = 90
 
 
 @dataclass
@@ -21,54 +20,37 @@ class Visit:
     """A doctor's visit that has ended."""
 
     returncode: int
-    found: dict[str, Any]
+    checks: list[dict[str, Any]]
     errors: str
 
-    def status(self, name: str, role: str) -> str:
-        """Return the worst status of a check."""
-        wanted = [c for c in self.found["checks"] if c["name"] == name and role in c["where"]]
-        assert wanted, f"no check {name} of {role}: {self}"
-        return str(min((c["status"] for c in wanted), key=["fail", "warn", "info", "pass"].index))
-
-    def text(self, name: str, role: str) -> str:
-        """Return all that was found and advised in a check."""
-        checks = [c for c in self.found["checks"] if c["name"] == name and role in c["where"]]
-        return "\n".join(f"{c['found']} -> {c['remedy']}" for c in checks)
+    def expect(self, status: str, name: str, where: str, said: str) -> None:
+        """Look for a check and compare what came of it."""
+        found = [c for c in self.checks if c["name"] == name and where in c["where"]][-1]
+        assert found["status"] == status
+        assert said in f"{found['found']} -> {found['remedy']}"
 
 
 class Doctor:
-    """Calls the doctor with a folder of its own."""
+    """Calls the doctor with a folder of its own, of which nothing may be left."""
 
-    def __init__(self, tmp: Path, executor: str, *common: str) -> None:
+    def __init__(self, tmp: Path, executor: str, *sets: str) -> None:
         self.runs_dir = tmp / "runs"
-        self._executor = executor
-        self._common = common
+        self._sets = (f"cluster.executor={executor}", f"cluster.runs_dir={self.runs_dir}", *sets)
 
-    def start(self, *arguments: str, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        """Call the doctor."""
+    def start(self, *sets: str, timeout_min: float = 2, **env: str) -> "subprocess.Popen[str]":
         command = [sys.executable, "-m", "fedhpc.doctor", str(DIGITS), "--json"]
-        command += ["--executor", self._executor, "--set", f"cluster.runs_dir={self.runs_dir}"]
+        command += [f"--timeout-min={timeout_min}", *(f"--set={s}" for s in (*self._sets, *sets))]
         return subprocess.Popen(
-            [*command, *self._common, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=REPOSITORY,
-            env={**os.environ, **(env or {})},
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY,
+            env={**os.environ, **env},
             # A test run in the background ignores Ctrl-C, and would hand that down.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+        )  # fmt: skip
 
-    def visit(self, *arguments: str, env: dict[str, str] | None = None) -> Visit:
-        """Call the doctor and wait for what it says."""
-        return self.end_of(self.start(*arguments, env=env))
+    def end_of(self, process: "subprocess.Popen[str]") -> Visit:
+        output, errors = process.communicate(timeout=120)
+        assert not list(self.runs_dir.glob("*"))
+        return Visit(process.returncode, json.loads(output)["checks"] if output else [], errors)
 
-    def end_of(self, process: subprocess.Popen[str]) -> Visit:
-        """Wait for what the doctor says."""
-        output, errors = process.communicate(timeout=_VISIT_S)
-        assert output, errors
-        return Visit(process.returncode, json.loads(output), errors)
-
-    def nothing_is_left(self) -> bool:
-        """Return whether the doctor's folder is gone."""
-        return list(self.runs_dir.iterdir()) == []
+    def visit(self, *sets: str, **more: Any) -> Visit:
+        return self.end_of(self.start(*sets, **more))

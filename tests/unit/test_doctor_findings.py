@@ -1,278 +1,163 @@
-"""The doctor's judgements: versions, refusals, GPUs asked for, mounts, memory, time limits."""
+"""What the doctor finds on a node, each check failing once; and what it submits."""
 
+import fcntl
+import socket
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from rich.console import Console
-from typer.testing import CliRunner
 
-from fedhpc import config, doctor
+from fedhpc import config
+from fedhpc.cluster import options
 from fedhpc.config import Config
-from fedhpc.doctor import gpus, locks, pair, probes, remedies, report
-from fedhpc.doctor.locks import Mount
-from fedhpc.doctor.report import Check
-
-VERSIONS = {"python": "3.11.7", "fedhpc": "0.1.0", "flwr": "1.41.0", "torch": "2.6.0",
-            "protobuf": "5.29.0", "sources": "3f2a0000"}  # fmt: skip
+from fedhpc.doctor import checks, node, pair
+from fedhpc.paths import RunPaths
 
 
-def parse(values: dict[str, object]) -> Config:
-    return config.parse(values, "experiment.yaml")
+def parse(**sections: object) -> Config:
+    return config.parse(sections, "experiment.yaml")
 
 
-@pytest.mark.parametrize(
-    ("other", "status", "said"),
-    [
-        ({}, "pass", "torch 2.6.0"),
-        ({"torch": "2.7.0"}, "fail", "torch: 2.6.0 on login (a), 2.7.0 on client (b)"),
-        ({"torch": report.MISSING}, "fail", "torch: 2.6.0 on login (a), not installed on client"),
-        ({"python": "3.12.1"}, "fail", "python: 3.11.7 on login (a), 3.12.1 on client (b)"),
-        ({"python": "3.11.9"}, "warn", "python: 3.11.7 on login (a), 3.11.9 on client (b)"),
-        ({"protobuf": "5.28.3"}, "warn", "protobuf: 5.29.0 on login (a), 5.28.3 on client (b)"),
-        ({"protobuf": report.MISSING}, "fail", "protobuf: 5.29.0 on login (a), not installed"),
-        ({"sources": "77770000"}, "warn", "fedhpc's source files: 3f2a0000 on login (a), 7777"),
-    ],
-)
-def test_versions_that_differ_are_listed_and_judged_by_what_depends_on_them(
-    other: dict[str, str], status: str, said: str
-) -> None:
-    check = report.compare_versions({"login (a)": VERSIONS, "client (b)": VERSIONS | other})
-    assert check.status == status
-    assert said in check.found
-    assert bool(check.remedy) == (status != "pass")
+def expect(status: str, said: str, look: Callable[..., str], *arguments: Any) -> None:
+    """Call a check and compare what comes of it."""
+    found = checks.check("a check", "here", look, *arguments)
+    assert found.status == status
+    assert said in f"{found.found} -> {found.remedy}"
+    assert bool(found.remedy) == (status != "pass")
 
 
-@pytest.mark.parametrize(
-    ("said", "remedy"),
-    [
-        ("sbatch: error: invalid partition specified: gpuu", "cluster.slurm_partition"),
-        (
-            "sbatch: error: Batch job submission failed: Requested time limit is invalid (missing"
-            " or exceeds some limit)",
-            "cluster.time_min",
-        ),
-        ("Invalid account or account/partition combination specified", "cluster.account"),
-        ("Batch job submission failed: Invalid qos specification", "cluster.qos"),
-        ("Invalid generic resource (gres) specification", "cluster.clients.gpus_per_task"),
-        ("Batch job submission failed: Invalid feature specification", "cluster.constraint"),
-        ("Memory specification can not be satisfied", "cluster.mem_gb"),
-        ("Requested node configuration is not available", "nodelist"),
-        ("Requested reservation is invalid", "cluster.reservation"),
-        (
-            "Job violates accounting/QOS policy (job submit limit, user's size and/or time limits)",
-            "squeue --me",
-        ),
-        ("PartitionTimeLimit", "cluster.time_min"),
-        ("BadConstraints", "cluster.constraint"),
-        ("ReqNodeNotAvail, UnavailableNodes:n3", "nodelist"),
-        ("QOSMaxGRESPerUser", "squeue --me"),
-        ("JobHeldUser", "scontrol release"),
-        ("Resources", "--timeout-min"),
-        ("Priority", "--timeout-min"),
-        ("something new", "the message"),
-    ],
-)
-def test_what_slurm_says_has_a_remedy(said: str, remedy: str) -> None:
-    assert remedy in remedies.for_slurm(said, "see the message")
+def test_a_check_that_breaks_is_a_failure_and_not_the_end() -> None:
+    expect("fail", "ZeroDivisionError", lambda: str(1 / 0))
 
 
-def gpu_check(
-    monkeypatch: pytest.MonkeyPatch, visible: str, wanted: int, device: str, on_slurm: bool = True
-) -> Check:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    monkeypatch.setattr(gpus, "_use", lambda _visible, _where: [])
-    resolved = parse({"isolation": {"device": device}})
-    (check,) = gpus.check(resolved, wanted, 8, "client (b)", on_slurm=on_slurm)
-    return check
+@pytest.mark.parametrize("name", ["python", "fedhpc", "torch"])
+def test_versions_that_differ_are_told(name: str) -> None:
+    here = checks.versions()
+    expect("pass", f"{name} {here[name]}", checks.versions_agree, {"a": here, "b": here})
+    said = f"{name}: {here[name]} on a, 9.9 on b -> install the same"
+    expect("fail", said, checks.versions_agree, {"a": here, "b": here | {name: "9.9"}})
 
 
 @pytest.mark.parametrize(
     ("visible", "wanted", "device", "status", "said"),
     [
-        ("", 0, "cpu", "info", "isolation.device is cpu"),
-        ("0,1", 2, "cpu", "warn", "isolation.device is cpu, but 2 asked for"),
-        ("", 0, "auto", "info", "run on the CPU"),
-        ("", 2, "auto", "warn", "the CPU will be used"),
+        ("", 0, "cpu", "pass", "0 asked for, sees none"),
+        ("0,1", 2, "cpu", "warn", "isolation.device is cpu"),
         ("", 2, "cuda", "fail", "expected a GPU, found none visible"),
-        ("0", 2, "auto", "fail", "asked for 2, sees 1 (CUDA_VISIBLE_DEVICES 0)"),
-        ("0,1", 2, "auto", "pass", "asked for 2, sees 2"),
-        ("0,1,2", 2, "auto", "warn", "asked for 2, sees 3"),
+        ("0", 2, "auto", "fail", "2 asked for, sees 0 ->"),
+        ("0,1", 2, "auto", "pass", "2 asked for, sees 0, 1"),
+        ("0,1,2", 2, "auto", "warn", "other jobs may use them too"),
     ],
 )
 def test_gpus_that_are_seen_are_compared_with_those_asked_for(
     monkeypatch: pytest.MonkeyPatch,
-    visible: str,
-    wanted: int,
-    device: str,
-    status: str,
-    said: str,
+    visible: str, wanted: int, device: str, status: str, said: str,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    expect(status, said, checks.gpus, wanted, device)
+
+
+def test_too_few_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    expect("pass", "of 1 asked for", checks.cores, 1, 1)
+    expect("warn", "isolation.threads_per_fit is 9000", checks.cores, None, 9000)
+    expect("warn", "the local executor allots nothing", checks.cores, 9000, 1)
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    expect("fail", "of 9000 asked for", checks.cores, 9000, 1)
+
+
+def test_data_that_is_missing_not_packed_or_damaged_is_told(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    resolved = parse(data={"root": str(root)})
+    expect("fail", f"`python -m fedhpc.data digits --root {root}`", checks.data, resolved)
+    (root / "packed").mkdir(parents=True)
+    expect("warn", "digits is not packed", checks.data, resolved)
+    (root / "packed" / "digits-0").mkdir()
+    expect("fail", "could not open", checks.data, resolved)
+
+
+def test_an_app_that_a_node_does_not_see_is_told(tmp_path: Path) -> None:
+    in_a_folder = parse(app={"dir": str(tmp_path)})
+    expect("fail", f"expected {tmp_path}/pyproject.toml", checks.app, in_a_folder)
+    (tmp_path / "pyproject.toml").touch()
+    expect("pass", "is there", checks.app, in_a_folder)
+    for server, status in (("nowhere.to:app", "fail"), ("fedhpc.server:app", "pass")):
+        app = {"server": server, "client": "fedhpc.client:app"}
+        expect(status, server, checks.app, parse(app=app))
+
+
+def test_locks_that_do_not_hold_on_a_node_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = checks.lock_folders()
+    others = {folder: [0, 0] for folder in mine}
+    expect("pass", "shared with the other job", checks.locks, mine)
+    expect("warn", "not the one of the other job here", checks.locks, others)
+    monkeypatch.setattr(checks, "mount_of", lambda _folder: ("xfs", "/4711"))
+    expect("warn", "perhaps for this job alone, as it is /4711", checks.locks, None)
+    monkeypatch.setattr(checks, "mount_of", lambda _folder: ("nfs4", "/"))
+    expect("fail", "not of this node alone", checks.locks, None)
+    monkeypatch.setattr(checks, "mount_of", lambda _folder: ("ext4", "/"))
+    monkeypatch.setattr(fcntl, "flock", lambda _file, _how: None)
+    expect("fail", "a lock that was held could be taken again", checks.locks, mine)
+
+
+def test_the_mount_of_a_folder_is_the_deepest_above_it() -> None:
+    mounts = (
+        "22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/root rw\n"
+        "41 22 259:3 /4711/.4711 /tmp rw,relatime - xfs /dev/nvme0n1p1 rw\n"
+    )
+    assert checks.mount_of(Path("/tmp/mine"), mounts) == ("xfs", "/4711/.4711")
+    assert checks.mount_of(Path("/tmpfoo"), mounts) == ("ext4", "/")
+
+
+def test_a_node_without_slurms_commands_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    expect("warn", "found no squeue on the PATH", checks.slurm_commands, "4711_0")
+
+
+def test_a_folder_that_others_do_not_see_or_see_late_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = gpu_check(monkeypatch, visible, wanted, device)
-    assert (check.status, said in check.found) == (status, True), check
-    assert bool(check.remedy) == (status in ("warn", "fail"))
+    paths = RunPaths(tmp_path)
+    monkeypatch.setattr(node, "_ECHO_TIMEOUT_S", 0.2)
+    expect("fail", "saw no answer of the server job", node.echo, paths, "client-0", "server")
+    monkeypatch.setattr(node, "_ECHO_TIMEOUT_S", 10.0)
+    node.answer_in_background(paths, "login")
+    expect("pass", "the login node saw a file", node.echo, paths, "server", "login")
+    monkeypatch.setattr(node, "_SLOW_S", 0.2)
+    late = tmp_path / "client-0.server.answer"
+    threading.Thread(target=lambda: (time.sleep(0.4), late.touch())).start()
+    expect("warn", "a faster shared disk", node.echo, paths, "client-0", "server")
 
 
-def test_without_slurm_nobody_allots_gpus_and_too_few_are_a_warning(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert gpu_check(monkeypatch, "0", 2, "auto", on_slurm=False).status == "warn"
-
-
-@pytest.mark.parametrize(
-    ("wanted", "threads", "on_slurm", "status"),
-    [
-        (1, 1, True, "pass"),
-        (10_000, 1, True, "fail"),
-        (10_000, 1, False, "warn"),
-        (1, 9_000, True, "warn"),
-        (None, 1, True, "info"),
-        (None, 1, False, "pass"),
-    ],
-)
-def test_cores_that_are_seen_are_compared_with_those_asked_for(
-    wanted: int | None, threads: int, on_slurm: bool, status: str
-) -> None:
-    resolved = parse({"isolation": {"threads_per_fit": threads}})
-    assert probes.check_cores(resolved, wanted, "client (b)", on_slurm=on_slurm).status == status
-
-
-@pytest.mark.parametrize(
-    ("cgroup", "limits", "limit_gb", "why"),
-    [
-        ("0::/job/step", {}, 16.0, "the machine's"),
-        ("0::/job/step", {"job/memory.max": "8000000000"}, 8.0, "the job's cgroup"),
-        ("0::/job/step", {"job/step/memory.max": "max"}, 16.0, "the machine's"),
-        (
-            "9:cpu:/\n4:memory:/job/step",
-            {"memory/job/memory.limit_in_bytes": "4000000000"},
-            4.0,
-            "the job's cgroup",
-        ),
-    ],
-)
-def test_memory_is_the_least_of_the_machines_and_of_all_cgroups_above(
-    tmp_path: Path, cgroup: str, limits: dict[str, str], limit_gb: float, why: str
-) -> None:
-    (tmp_path / "self").mkdir()
-    (tmp_path / "self" / "cgroup").write_text(cgroup + "\n")
-    (tmp_path / "meminfo").write_text("MemFree: 1 kB\nMemTotal:    15625000 kB\n")
-    for name, text in limits.items():
-        file = tmp_path / "cgroups" / name
-        file.parent.mkdir(parents=True)
-        file.write_text(text + "\n")
-    found, found_why = probes.memory_limit_gb(tmp_path, tmp_path / "cgroups")
-    assert (round(found, 3), found_why) == (limit_gb, why)
-
-
-def test_less_memory_than_asked_for_fails_under_slurm() -> None:
-    assert probes.check_memory(1e6, "client (b)", on_slurm=True).status == "fail"
-    assert probes.check_memory(1e6, "client (b)", on_slurm=False).status == "warn"
-    assert probes.check_memory(0.001, "client (b)", on_slurm=True).status == "pass"
-
-
-MOUNTS = r"""
-22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/root rw
-30 22 0:26 / /dev/shm rw,nosuid - tmpfs tmpfs rw
-41 22 259:3 /4711/.4711 /tmp rw,relatime - xfs /dev/nvme0n1p1 rw
-42 22 0:40 / /home rw shared:9 - nfs4 fs:/home rw
-43 22 0:41 / /a\040b rw - tmpfs tmpfs rw
-"""
-
-
-@pytest.mark.parametrize(
-    ("folder", "mount"),
-    [
-        ("/", Mount("/", "/", "ext4")),
-        ("/var/tmp", Mount("/", "/", "ext4")),
-        ("/dev/shm", Mount("/dev/shm", "/", "tmpfs")),
-        ("/tmp", Mount("/tmp", "/4711/.4711", "xfs")),
-        ("/tmpfoo", Mount("/", "/", "ext4")),
-        ("/home/me/tmp", Mount("/home", "/", "nfs4")),
-        ("/a b/c", Mount("/a b", "/", "tmpfs")),
-    ],
-)
-def test_the_mount_of_a_folder_is_the_deepest_above_it(folder: str, mount: Mount) -> None:
-    assert locks.mount_of(Path(folder), MOUNTS.strip()) == mount
-
-
-@pytest.mark.parametrize(
-    ("folder", "mount", "theirs", "private"),
-    [
-        ("/tmp", Mount("/", "/", "ext4"), [1, 2], False),
-        ("/tmp", Mount("/", "/", "ext4"), [1, 3], True),
-        ("/tmp", Mount("/tmp", "/4711/.4711", "xfs"), None, True),
-        ("/tmp/slurm-4711", Mount("/", "/", "ext4"), None, True),
-        ("/tmp", Mount("/tmp", "/14711", "xfs"), None, None),
-        ("/tmp", Mount("/", "/", "ext4"), None, None),
-    ],
-)
-def test_whether_a_folder_is_private_to_the_job_is_told_by_evidence(
-    folder: str, mount: Mount, theirs: list[int] | None, private: bool | None
-) -> None:
-    assert locks.privacy(Path(folder), mount, "4711_0", [1, 2], theirs)[0] is private
+def test_a_port_out_of_reach_is_told_with_the_addresses_and_an_interface_that_works() -> None:
+    addresses = {"lo": "127.0.0.1", "eth9": "127.0.0.1"}
+    server = {"where": "server job (a)", "addresses": addresses, "any_port": node.listen("", "me")}
+    advice = "--set cluster.interface=eth9"
+    expect("fail", advice, node.reach, server, "me", False)
+    server |= {"address": "127.0.0.1", "port": node.listen("127.0.0.1", "me")}
+    expect("pass", "of the server job (a) in", node.reach, server, "me", False)
+    expect("warn", "nothing between nodes was tried", node.reach, server, "me", True)
+    expect("fail", "something else answers there", node.reach, server, "you", False)
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        server["port"] = unused.getsockname()[1]
+        said = "Connection refused; there: 127.0.0.1 (lo), 127.0.0.1 (eth9); here: 127.0.0.1 (lo)"
+        expect("fail", said, node.reach, server, "me", False)
+        expect("fail", advice, node.reach, server, "me", False)
 
 
 def test_the_pair_is_one_array_task_with_the_options_of_the_run_and_minutes_of_time() -> None:
-    resolved = parse(
-        {
-            "cluster": {
-                "executor": "slurm",
-                "array_tasks": 16,
-                "max_parallel": 8,
-                "min_array_tasks": 4,
-                "time_min": 2880,
-                "mem_gb": 8,
-                "extra": {"requeue": True, "time": "2-0", "nice": 3},
-                "server": {"time_min": 5},
-                "clients": {"gpus_per_task": 2},
-            }
-        }
-    )
-    cluster = pair.shorten(resolved, timeout_s=1800).cluster
+    values = {
+        "executor": "slurm", "array_tasks": 16, "max_parallel": 8, "min_array_tasks": 4,
+        "time_min": 2880, "mem_gb": 8, "extra": {"requeue": True, "time": "2-0", "nice": 3},
+        "server": {"time_min": 5}, "clients": {"gpus_per_task": 2},
+    }  # fmt: skip
+    cluster = pair.shorten(parse(cluster=values), timeout_s=1800).cluster
     assert (cluster.array_tasks, cluster.max_parallel, cluster.min_array_tasks) == (1, 1, 1)
-    assert (cluster.server.time_min, cluster.clients.time_min) == (5, 10)
-    assert (cluster.mem_gb, cluster.clients.gpus_per_task) == (8, 2)
-    assert cluster.extra == {"nice": 3, "no-requeue": True}
-    longer = pair.shorten(parse({}), timeout_s=1800).cluster
-    assert (longer.executor, longer.server.time_min, longer.clients.time_min) == ("local", 30, 10)
-
-
-def test_the_table_shows_what_was_found_and_what_to_do_unchanged() -> None:
-    console = Console(width=100, record=True, markup=False)
-    checks = [
-        Check("a check", "login (a)", "pass", "fine [bold]"),
-        Check("another", "client (b)", "fail", "line 1\nline 2", "do [this]"),
-    ]
-    report.print_table(console, checks)
-    text = console.export_text()
-    for part in ("fine [bold]", "line 2", "-> do [this]", "FAIL", "client (b)"):
-        assert part in text
-    assert report.summary(checks, 1.25) == "1 failed, 1 passed, in 1.2 s"
-
-
-def test_garbage_in_a_report_is_left_out() -> None:
-    good = {"name": "a", "where": "b", "status": "pass", "found": "c", "remedy": ""}
-    assert report.read([good, {"name": "a"}, 3]) == [Check(**good)]
-    assert report.read(None) == []
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ([], "CONFIG: expected a YAML file, found nothing"),
-        (["missing.yaml"], "missing.yaml: 1 problem"),
-        (["{file}", "--set", "cluster.gpu_per_task=1"], "did you mean cluster.gpus_per_task?"),
-        (["{file}", "--executor", "slurm"], "expected sbatch on the PATH for 'slurm', found none"),
-    ],
-)
-def test_a_bad_command_line_ends_with_2_and_submits_nothing(
-    arguments: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    file = tmp_path / "experiment.yaml"
-    file.write_text("name: small\n")
-    found = CliRunner().invoke(doctor.app, [text.format(file=file) for text in arguments])
-    assert found.exit_code == 2
-    assert said in found.output
-    assert list(tmp_path.iterdir()) == [file]
+    server, clients = options.of_server(cluster), options.of_clients(cluster)
+    assert (server.time_min, clients.time_min) == (5, 30)
+    assert (server.mem_gb, clients.gpus_per_task) == (8, 2)
+    assert server.extra == clients.extra == {"nice": 3, "no-requeue": True}
