@@ -36,7 +36,8 @@ def main(run_dir: RunDir) -> None:
                 "Slurm may still be ending them; see fedhpc status, and try again",
             )
     if not standing.ended:
-        inspection.settle(paths, "by fedhpc cancel", cancelled=True)
+        if run_state.read(paths)["state"] != "finished":
+            inspection.write_end(paths, "by fedhpc cancel", cancelled=True)
         typer.echo(f"{paths.run_id}: {run_state.read(paths)['state']}; every job is gone")
     elif there:
         typer.echo(f"cancelled {words.roles(there)}")

@@ -21,6 +21,8 @@ class Environment:
         Cores this process may use.
     on_slurm : bool
         Whether Slurm started it.
+    restarts : int
+        How often Slurm had queued the job again before it started this time.
     """
 
     host: str
@@ -28,18 +30,22 @@ class Environment:
     array_task: int
     cpus: int
     on_slurm: bool
+    restarts: int
 
 
 # What a job's own environment says of itself; a job that is submitted from inside it must not see
-# it. SLURM_CONF and SBATCH_* are the user's and the site's.
+# it.
 _OF_THE_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI_", "PMIX_", "FEDHPC_ARRAY_TASK")
 _ITS_GPUS = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES")
-_OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS")
+# A user's defaults for commands typed by hand: they would hide jobs from us, or win over the
+# options in a script.
+_OF_THE_USER = ("SQUEUE_", "SACCT_", "SCANCEL_", "SBATCH_")
+_OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
 def for_new_jobs() -> dict[str, str]:
-    """Return the environment for commands that submit a job: nothing of an outer job leaks."""
-    drop: tuple[str, ...] = _OF_THE_JOB
+    """Return the environment for Slurm's commands: nothing of an outer job leaks into a new one."""
+    drop: tuple[str, ...] = _OF_THE_JOB + _OF_THE_USER
     if "SLURM_JOB_ID" in os.environ:
         drop += _ITS_GPUS
     return {
@@ -67,4 +73,5 @@ def current() -> Environment:
         array_task=int(array_index or env.get("FEDHPC_ARRAY_TASK", "0")),
         cpus=cpus,
         on_slurm=on_slurm,
+        restarts=int(env.get("SLURM_RESTART_COUNT", "0")),
     )

@@ -186,8 +186,13 @@ def _check(paths: RunPaths, standing: Standing) -> None:
     if jobs.executor != "slurm":
         _look_here(paths, jobs, standing)
     if not standing.ended and (reason := _why_gone(paths, jobs, standing)):
-        settle(paths, reason, cancelled=_state_of(standing, "server") == "CANCELLED")
-        standing.status = run_state.read(paths)
+        cancelled = _state_of(standing, "server") == "CANCELLED"
+        try:
+            settle(paths, reason, cancelled=cancelled)
+            standing.status = run_state.read(paths)
+        except PlatformError:  # somebody else's run
+            state = "cancelled" if cancelled else "failed"
+            standing.status = {**standing.status, "state": state, "reason": reason}
 
 
 def _look_here(paths: RunPaths, jobs: Submission, standing: Standing) -> None:

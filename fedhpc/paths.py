@@ -208,9 +208,12 @@ def is_run_folder(path: Path) -> bool:
     """Return whether ``path`` holds what every run folder has from its creation on."""
     paths = RunPaths(path)
     folders = (path, paths.jobs, paths.errors)
-    return paths.config.is_file() and all(
-        folder.is_dir() and not folder.is_symlink() for folder in folders
-    )
+    try:
+        return paths.config.is_file() and all(
+            folder.is_dir() and not folder.is_symlink() for folder in folders
+        )
+    except OSError:  # not ours to look into
+        return False
 
 
 def run_folders(runs_dir: Path) -> list[RunPaths]:

@@ -63,7 +63,7 @@ class Server:
             )
         self._attempt = _claim_attempt(paths)
         if self._attempt > 1:  # it begins at round 1 again, and so do its records
-            for path in (paths.metrics, paths.fits):
+            for path in (paths.metrics, paths.fits, paths.model):
                 path.unlink(missing_ok=True)
         self._clients = ClientArray(paths, self._config.cluster)
         self._superseded = threading.Event()
@@ -81,7 +81,7 @@ class Server:
                         self._run_app(transport)
         except _Stop as stop:
             if stop.requeue:
-                return self._requeue()
+                return self._leave_for_next_attempt(stop)
             if stop.signum == signal.SIGUSR2:
                 why = "the server's time limit (cluster.time_min) is near, or it is preempted"
                 return self._end("failed", why, PlatformError.exit_code)
@@ -92,7 +92,7 @@ class Server:
         except SystemExit as error:
             return self._end("failed", f"the ServerApp called exit({error.code})")
         except FedHPCError as error:
-            return self._end("failed", str(error), error.exit_code)
+            return self._end("failed", error.message, error.exit_code)
         except Exception as error:
             logger.error("the ServerApp failed:\n%s", traceback.format_exc())
             files.write_atomic(self._paths.errors / "server.txt", traceback.format_exc())
@@ -139,21 +139,20 @@ class Server:
         logger.info("attempt %d listens on %s:%d", self._attempt, host, port)
         self._links = links
         phase: rendezvous.Phase = "failed"
+        goes_on = False
         try:
             yield links
             phase = "finished"
         except _Stop as stop:
-            stop.requeue = self._may_requeue(stop)
-            if stop.requeue:
-                phase = "requeueing"
+            goes_on = stop.requeue = self._will_start_again(stop)
             raise
         finally:
             if not self._superseded.is_set():
                 with contextlib.suppress(PlatformError):
-                    publisher.end(phase)
-                if phase != "requeueing":
+                    publisher.end("requeueing" if goes_on else phase)
+                if not goes_on:
                     certificates.remove(paths.secrets)
-            links.finish(phase)
+            links.finish(None if goes_on or self._superseded.is_set() else phase)
 
     def _run_app(self, transport: Transport) -> None:
         """Call the ServerApp and write the model that its strategy ends with."""
@@ -224,30 +223,41 @@ class Server:
         self._end_pending_clients()
         return code
 
-    def _may_requeue(self, stop: _Stop) -> bool:
-        """Return whether nothing is lost by starting again: no array task has come yet."""
+    def _will_start_again(self, stop: _Stop) -> bool:
+        """Return whether the server job goes back into the queue instead of ending the run."""
+        if self._config.cluster.executor != "slurm" or self._superseded.is_set():
+            return False
+        if stop.signum == signal.SIGTERM:  # a cancelled job, or one that Slurm queues again itself
+            try:
+                return slurm.restarts(self._environment.job_id) > self._environment.restarts
+            except PlatformError as error:
+                logger.warning("why the server is stopped is not known: %s", error.message)
+                return False
+        # Nothing is lost by another attempt: no array task has come yet.
         return (
-            stop.signum == signal.SIGUSR2
-            and self._attempt <= self._config.cluster.max_requeues
-            and not self._recorder.progress()["fits_done"]
+            self._attempt <= self._config.cluster.max_requeues
             and not (self._links and self._links.array_tasks())
             and self._clients.pending()
         )
 
-    def _requeue(self) -> int:
-        """Put the server job into the queue again."""
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's own, on the way to the queue
-        reason = (
-            "the client array was still pending near the server's time limit"
-            f"{self._clients.said()}; the server job is queued again"
-            f" (attempt {self._attempt + 1} of at most {self._config.cluster.max_requeues + 1})"
-        )
+    def _leave_for_next_attempt(self, stop: _Stop) -> int:
+        """Say that the server job is in the queue again, and put it there if Slurm has not."""
+        if stop.signum == signal.SIGTERM:
+            reason = "Slurm has queued the server job again; it will begin at round 1"
+        else:
+            reason = (
+                "the client array was still pending near the server's time limit"
+                f"{self._clients.said()}; the server job is queued again (attempt"
+                f" {self._attempt + 1} of at most {self._config.cluster.max_requeues + 1})"
+            )
         logger.warning("%s", reason)
         run_state.write(self._paths, "pending", reason, attempt=self._attempt)
-        try:
-            slurm.control("requeue", self._environment.job_id)
-        except PlatformError as error:
-            return self._end("failed", f"{reason}, but: {error}", error.exit_code)
+        if stop.signum == signal.SIGUSR2:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's, on the way to the queue
+            try:
+                slurm.control("requeue", self._environment.job_id)
+            except PlatformError as error:
+                return self._end("failed", f"{reason}, but: {error.message}", error.exit_code)
         return 0
 
     def _end_pending_clients(self) -> None:

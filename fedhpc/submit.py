@@ -229,18 +229,21 @@ def _run_here(paths: RunPaths) -> int:
 
 
 def _start(resolved: Config, paths: RunPaths, follow: bool) -> int:
-    from rich.console import Console
-
     from fedhpc import cluster
+    from fedhpc.commandline import console
     from fedhpc.follow import Follower
 
-    submission = cluster.submit(resolved, paths)
+    try:
+        submission = cluster.submit(resolved, paths)
+    except KeyboardInterrupt:
+        typer.echo("\ncancelled before everything was submitted", err=True)
+        return _CANCELLED
     local = submission.executor == "local"
     if not follow:
         jobs = ", ".join(reversed(submission.whole_jobs()))
         typer.echo(f"submitted: {jobs}\nto see how it goes: fedhpc status {paths.root}")
         return 0
-    follower = Follower(paths, Console())
+    follower = Follower(paths, console())
     try:
         if local:  # timeout(1), a closed terminal: as a Ctrl-C
             for number in (signal.SIGTERM, signal.SIGHUP):

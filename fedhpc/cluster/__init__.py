@@ -1,5 +1,6 @@
 """Start and stop the jobs of a run: the only user of submitit and of Slurm's commands."""
 
+import shutil
 from pathlib import Path
 
 from fedhpc import files, run_state
@@ -46,10 +47,17 @@ def submit(
             local.submit(config, paths, jobs, server, client)
     except BaseException as error:
         submission.write(paths, jobs)
+        interrupted = isinstance(error, KeyboardInterrupt)
+        why = "interrupted" if interrupted else getattr(error, "message", repr(error))
+        run_state.write(
+            paths,
+            "cancelled" if interrupted else "failed",
+            f"not submitted: {why}",
+            exit_code=130 if interrupted else 75,
+        )
         cancel(paths)
-        run_state.write(paths, "failed", f"not submitted: {error!r}", exit_code=75)
+        shutil.rmtree(paths.secrets, ignore_errors=True)
         raise
-    submission.write(paths, jobs)
     return jobs
 
 
@@ -66,11 +74,11 @@ def cancel(paths: RunPaths) -> list[str]:
     PlatformError
         If Slurm did not answer.
     """
-    jobs = submission.read(paths)
-    if jobs is None:
-        return []
+    jobs = submission.read(paths) or Submission("slurm" if slurm.available() else "")
     if jobs.executor == "slurm":
         slurm.cancel(jobs.whole_jobs())
+        if not jobs.server or not jobs.clients:  # a submit that was killed may have had no time
+            slurm.cancel_by_name(f"{paths.run_id}-{role}" for role in ("clients", "server"))
         return _wait_until_gone(jobs)
     from fedhpc.cluster import local
 

@@ -6,6 +6,7 @@ A function is named, so that submitting loads neither flwr nor grpc.
 import importlib
 import os
 import shlex
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ CLIENT = "fedhpc.client:run"
 
 def call(reference: str, *arguments: Any) -> None:
     """Import ``module:function`` and call it."""
+    # submitit ignores SIGTERM: while the imports last, which may take long, a job can be ended.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     module, _, name = reference.partition(":")
     getattr(importlib.import_module(module), name)(*arguments)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import submitit
 
 from fedhpc import files, run_state
-from fedhpc.cluster import entries
+from fedhpc.cluster import entries, submission
 from fedhpc.cluster.submission import Submission
 from fedhpc.config import Config
 from fedhpc.errors import SubmissionError
@@ -25,11 +25,11 @@ _KILL_TIMEOUT_S = 5.0
 def submit(
     config: Config,
     paths: RunPaths,
-    submission: Submission,
+    jobs: Submission,
     server: str = entries.SERVER,
     client: str = entries.CLIENT,
 ) -> None:
-    """Start the server and the array tasks; their pids go into ``submission`` as they come.
+    """Start the server and the array tasks; their pids go into ``jobs`` as they come.
 
     Raises
     ------
@@ -51,10 +51,11 @@ def submit(
     with _untouched_by_terminal(env, paths.jobs / "controllers.log"):
         try:
             job = executor.submit(entries.call_with_gpus, gpus, server, root)
-            submission.server = job.job_id
+            jobs.server = job.job_id
             for index in range(count):
                 job = executor.submit(entries.call_with_gpus, gpus, client, root, index)
-                submission.clients.append(job.job_id)
+                jobs.clients.append(job.job_id)
+            submission.write(paths, jobs)
         except OSError as error:
             raise SubmissionError(f"a local process could not be started: {error}") from error
 
@@ -91,26 +92,26 @@ def _untouched_by_terminal(env: dict[str, str], log: Path) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def alive(paths: RunPaths, submission: Submission) -> list[str]:
+def alive(paths: RunPaths, jobs: Submission) -> list[str]:
     """Return the roles whose processes live on this machine."""
     return [
         role
-        for role, job_id in submission.roles()
+        for role, job_id in jobs.roles()
         if run_state.live_pid(paths, role) is not None or _is_child(int(job_id))
     ]
 
 
-def cancel(paths: RunPaths, submission: Submission) -> None:
+def cancel(paths: RunPaths, jobs: Submission) -> None:
     """End the processes of a run, politely, then with force; the server last."""
     for number, timeout_s in ((signal.SIGTERM, _TERM_TIMEOUT_S), (signal.SIGKILL, _KILL_TIMEOUT_S)):
-        for role, job_id in reversed(list(submission.roles())):
+        for role, job_id in reversed(list(jobs.roles())):
             pid = run_state.live_pid(paths, role)
             if pid is None and _is_child(int(job_id)):
                 pid = int(job_id)  # it has not come as far as to register
             if pid is not None:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, number)
-        if files.wait_until(lambda: not alive(paths, submission), timeout_s):
+        if files.wait_until(lambda: not alive(paths, jobs), timeout_s):
             break
 
 

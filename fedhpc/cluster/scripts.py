@@ -1,17 +1,19 @@
 """The sbatch scripts of a run, written by submitit."""
 
+import contextlib
 import math
 import shlex
+import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import submitit
 from submitit.core import utils
 
-from fedhpc.cluster import entries, options, slurm
+from fedhpc.cluster import entries, options, slurm, submission
 from fedhpc.cluster.submission import Submission
 from fedhpc.config import Config, JobOptions
 from fedhpc.errors import SubmissionError
@@ -74,11 +76,11 @@ def texts(config: Config, paths: RunPaths) -> dict[str, str]:
 def submit(
     config: Config,
     paths: RunPaths,
-    submission: Submission,
+    jobs: Submission,
     server: str = entries.SERVER,
     client: str = entries.CLIENT,
 ) -> None:
-    """Submit the server job and the client array; the ids go into ``submission`` as they come.
+    """Submit the server job and the client array; the ids go into ``jobs`` as they come.
 
     Raises
     ------
@@ -87,17 +89,42 @@ def submit(
     """
     root = str(paths.root)
     try:
-        executor = _server(config, paths)
-        submission.server = executor.submit(entries.call, server, root).job_id
-        executor = _clients(config, paths, submission.server)
-        with executor.batch():
-            jobs = [
-                executor.submit(entries.call, client, root)
-                for _ in range(config.cluster.array_tasks)
-            ]
-        submission.clients = [job.job_id for job in jobs]
+        with _signals_held():
+            executor = _server(config, paths)
+            jobs.server = executor.submit(entries.call, server, root).job_id
+            submission.write(paths, jobs)
+        with _signals_held():
+            executor = _clients(config, paths, jobs.server)
+            with executor.batch():
+                array = [
+                    executor.submit(entries.call, client, root)
+                    for _ in range(config.cluster.array_tasks)
+                ]
+            jobs.clients = [job.job_id for job in array]
+            submission.write(paths, jobs)
     except OSError as error:
         raise SubmissionError(f"a job could not be prepared in {paths.jobs}: {error}") from error
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Hold back what would end submit until the job id that sbatch prints is written down.
+
+    Raises
+    ------
+    KeyboardInterrupt
+        Afterwards, if there was such a signal.
+    """
+    came: list[int] = []
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda n, _: came.append(n)) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def _server(config: Config, paths: RunPaths) -> _Executor:

@@ -1,6 +1,7 @@
 """Slurm's commands, each with a deadline, repeated while the controller is busy or restarts."""
 
 import contextlib
+import os
 import re
 import shutil
 import subprocess
@@ -187,7 +188,8 @@ def submit(script: Path, name: str) -> str:
 
 def _find(name: str) -> str | None:
     with contextlib.suppress(PlatformError):
-        done = _run(["squeue", "--noheader", "--format=%F", f"--name={name}"], _RETRY_S)
+        done = _run(["squeue", "--noheader", "--format=%F", f"--name={name}",
+                     f"--user={os.getuid()}"], _RETRY_S)  # fmt: skip
         return next(iter(done.stdout.split()), None)
     return None
 
@@ -203,7 +205,32 @@ def cancel(job_ids: Iterable[str], *, pending_only: bool = False) -> None:
     wanted = list(dict.fromkeys(job_ids))
     if wanted:
         state = ["--state=PENDING"] if pending_only else []
-        _run(["scancel", "--quiet", *state, *wanted], _RETRY_S, tolerate="Invalid job id")
+        _run(["scancel", *state, *wanted], _RETRY_S, tolerate="Invalid job id")
+
+
+def cancel_by_name(names: Iterable[str]) -> None:
+    """Cancel jobs whose ids were never learned.
+
+    Raises
+    ------
+    PlatformError
+        If Slurm did not answer.
+    """
+    for name in names:
+        _run(["scancel", f"--user={os.getuid()}", f"--name={name}"], _RETRY_S)
+
+
+def restarts(job_id: str) -> int:
+    """Return how often Slurm has queued a job again, counted from the moment it decided to.
+
+    Raises
+    ------
+    PlatformError
+        If Slurm did not answer.
+    """
+    done = _run(["scontrol", "show", "job", "--oneliner", job_id], 0.0)
+    match = re.search(r"\bRestarts=(\d+)", done.stdout)
+    return int(match[1]) if match else 0
 
 
 def control(*arguments: str) -> None:
@@ -247,6 +274,7 @@ def _run_once(command: Sequence[str], tolerate: str | None) -> subprocess.Comple
             timeout=_CALL_TIMEOUT_S,
             check=False,
             env=environment.for_new_jobs(),
+            start_new_session=True,  # a Ctrl-C in the terminal is ours to handle
         )
     except FileNotFoundError:
         raise PlatformError(

@@ -304,12 +304,30 @@ class Config(Section):
     cluster: Cluster = Field(Cluster(), description=Cluster.__doc__)
 
 
+# Options of sbatch that are no one else's, and what to use instead.
+_OURS = {
+    "array": "; see cluster.array_tasks and cluster.max_parallel",
+    "error": "; logs are in the run folder's jobs/",
+    "job-name": "; see name",
+    "nodes": "; see cluster.array_tasks",
+    "ntasks": "; see cluster.array_tasks",
+    "ntasks-per-node": "; see cluster.array_tasks",
+    "open-mode": "",
+    "output": "; logs are in the run folder's jobs/",
+    "parsable": "",
+    "signal": "",
+    "test-only": "; see --dry-run",
+    "wait": "; see --follow",
+    "wrap": "",
+}
+
+
 def combination_problems(config: Config) -> Iterator[str]:
     """Yield the problems that no single field can see."""
     federation, cluster, app = config.federation, config.cluster, config.app
     for field in ("clients_per_round", "clients_per_evaluation"):
         found = getattr(federation, field)
-        if found > federation.num_clients:
+        if found > federation.num_clients and app.is_builtin:  # another app samples for itself
             yield (
                 f"federation.{field}: expected at most federation.num_clients"
                 f" ({federation.num_clients}), found {found}"
@@ -348,6 +366,8 @@ def combination_problems(config: Config) -> Iterator[str]:
         for key, value in options.extra.items():
             if isinstance(value, str) and not value.isprintable():
                 yield f"cluster.{job}extra.{key}: expected one line of text, found {value!r}"
+            if key in _OURS:
+                yield f"cluster.{job}extra.{key}: fedhpc sets this option itself{_OURS[key]}"
             if not re.fullmatch(r"[a-z][a-z0-9-]*", key):
                 yield (
                     f"cluster.{job}extra.{key}: expected the long name of an sbatch option,"

@@ -116,8 +116,11 @@ class LinkServer:
         self._thread.start()
         return self._await(self._listen(host))
 
-    def finish(self, reason: str, timeout_s: float = 5.0) -> None:
-        """Tell every array task to leave, wait for them up to ``timeout_s``, and stop."""
+    def finish(self, reason: str | None, timeout_s: float = 5.0) -> None:
+        """Tell every array task to leave, wait for them up to ``timeout_s``, and stop.
+
+        Without a reason nobody is told: the array tasks are to wait for the next attempt.
+        """
         with contextlib.suppress(TimeoutError, RuntimeError):
             self._await(self._say_goodbye(reason, timeout_s), timeout_s + 5)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -221,15 +224,16 @@ class LinkServer:
         self._ticker = asyncio.create_task(self._tick())
         return port
 
-    async def _say_goodbye(self, reason: str, timeout_s: float) -> None:
+    async def _say_goodbye(self, reason: str | None, timeout_s: float) -> None:
         if self._ticker is not None:
             self._ticker.cancel()
-        for peer in self._peers.values():
-            peer.outgoing.put_nowait(ToArrayTask(finish=grid_pb2.Finish(reason=reason)))
-            peer.outgoing.put_nowait(None)
-        deadline_s = time.monotonic() + timeout_s
-        while self._peers and time.monotonic() < deadline_s:
-            await asyncio.sleep(0.01)
+        if reason is not None:
+            for peer in self._peers.values():
+                peer.outgoing.put_nowait(ToArrayTask(finish=grid_pb2.Finish(reason=reason)))
+                peer.outgoing.put_nowait(None)
+            deadline_s = time.monotonic() + timeout_s
+            while self._peers and time.monotonic() < deadline_s:
+                await asyncio.sleep(0.01)
         if self._server is not None:
             await self._server.stop(grace=0)
 

@@ -1,11 +1,14 @@
 """However a run ends on Slurm: nothing is left, and what is told is true."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
+import pytest
 from slurm_support import (
     LONG,
     SlurmSubmitter,
@@ -14,7 +17,7 @@ from slurm_support import (
     seconds_until,
     states_of,
 )
-from support import REPOSITORY, eventually
+from support import REPOSITORY, Run, eventually
 
 from fedhpc import run_state
 from fedhpc.files import read_lines
@@ -166,4 +169,70 @@ def test_a_finished_run_is_gone_within_10_seconds(submitter: SlurmSubmitter) -> 
     eventually(lambda: state(paths) == "finished", 120)
     assert seconds_until(lambda: all_ended(paths), 30) < 10
     assert set(states_of(paths).values()) == {"COMPLETED"}
+    assert not paths.secrets.exists()
+
+
+def test_a_server_that_slurm_queues_again_begins_again_with_the_array_tasks_that_wait(
+    submitter: SlurmSubmitter, long_reference: Run
+) -> None:
+    paths = submitter.detach([*LONG, "cluster.array_tasks=2"])
+    until_rounds(paths, 3)
+    server = jobs_of(paths)["server"].job_id
+    subprocess.run(["scontrol", "requeue", server], check=True, timeout=30)
+    eventually(lambda: "queued the server job again" in run_state.read(paths)["reason"], 20)
+    assert state(paths) == "pending"
+    eventually(lambda: state(paths) in run_state.ENDED, 150)
+    assert Run(paths, 0, "").checksum == long_reference.checksum
+    assert run_state.read(paths)["attempt"] == 2
+    # The array tasks were there all the time.
+    assert states_of(paths) == dict.fromkeys(("server", "client-0", "client-1"), "COMPLETED")
+
+
+def test_a_run_that_has_finished_stays_so_when_its_server_is_queued_again(
+    submitter: SlurmSubmitter,
+) -> None:
+    paths = submitter.detach([])
+    eventually(lambda: state(paths) == "finished", 90)
+    before = paths.status.read_text()
+    eventually(lambda: all_ended(paths), 20)
+    server = jobs_of(paths)["server"].job_id
+    subprocess.run(["scontrol", "requeue", server], check=True, timeout=30)
+    eventually(lambda: not jobs_of(paths)["server"].ended, 20)
+    eventually(lambda: all_ended(paths), 60)
+    assert paths.status.read_text() == before
+
+
+def test_a_preempted_server_begins_again(
+    submitter: SlurmSubmitter, long_reference: Run, tmp_path: Path
+) -> None:
+    paths = submitter.detach(
+        [*LONG, "cluster.slurm_partition=preempt", "cluster.server={nodelist: n4}",
+         "cluster.clients={nodelist: n3}"]
+    )  # fmt: skip
+    until_rounds(paths, 3)
+    # A job of the partition that may preempt takes the server's node.
+    command = ["sbatch", "--wait", "--partition=gpu", "--exclusive", "--nodelist=n4",
+               f"--output={tmp_path}/log", "--wrap", "sleep 3"]  # fmt: skip
+    subprocess.run(command, check=True, timeout=120)
+    eventually(lambda: state(paths) in run_state.ENDED, 150)
+    assert Run(paths, 0, "").checksum == long_reference.checksum
+    assert run_state.read(paths)["attempt"] == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_sbatch_is_at_work_leaves_no_job(
+    number: signal.Signals, submitter: SlurmSubmitter, tmp_path: Path
+) -> None:
+    slow = tmp_path / "bin" / "sbatch"
+    slow.parent.mkdir()
+    slow.write_text(f'#!/bin/bash\n{shutil.which("sbatch")} "$@"; touch {slow}.done; sleep 3\n')
+    slow.chmod(0o755)
+    process = submitter.start(FOREVER, env={"PATH": f"{slow.parent}:{os.environ['PATH']}"})
+    eventually(slow.with_name("sbatch.done").exists, 60)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    paths = submitter.newest()
+    eventually(lambda: not submitter.queue(), 20)
+    assert state(paths) == "cancelled"
     assert not paths.secrets.exists()
