@@ -185,6 +185,7 @@ def test_a_server_that_slurm_queues_again_begins_again_with_the_array_tasks_that
     assert Run(paths, 0, "").checksum == long_reference.checksum
     assert run_state.read(paths)["attempt"] == 2
     # The array tasks were there all the time.
+    eventually(lambda: all_ended(paths), 20)
     assert states_of(paths) == dict.fromkeys(("server", "client-0", "client-1"), "COMPLETED")
 
 
