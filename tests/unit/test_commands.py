@@ -335,7 +335,7 @@ def test_cancel_ends_all_jobs_and_writes_the_last_word(site: Site) -> None:
     assert "cancelling the server, array tasks 0 to 1" in result.stdout
     assert run_state.read(paths)["state"] == "cancelled"
     assert not paths.secrets.exists()
-    assert "scancel --quiet 11 10" in site.called()
+    assert "scancel 11 10" in site.called()
 
 
 def test_cancel_ends_what_a_run_that_has_ended_left_in_the_queue(site: Site) -> None:
