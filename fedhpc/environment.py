@@ -2,6 +2,7 @@
 
 import os
 import socket
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -37,9 +38,11 @@ class Environment:
 # it.
 _OF_THE_JOB = ("SLURM_", "SLURMD_", "SRUN_", "SUBMITIT_", "PMI_", "PMIX_", "FEDHPC_ARRAY_TASK")
 _ITS_GPUS = ("CUDA_VISIBLE_DEVICES", "GPU_DEVICE_ORDINAL", "ROCR_VISIBLE_DEVICES")
-# A user's defaults for commands typed by hand: they would hide jobs from us, or win over the
-# options in a script.
-_OF_THE_USER = ("SQUEUE_", "SACCT_", "SCANCEL_", "SBATCH_")
+# A user's defaults for commands typed by hand: they would hide jobs from us.
+_OF_THE_USER = ("SQUEUE_", "SACCT_", "SCANCEL_")
+# The variables of sbatch are called after its options, but for these.
+_SBATCH_NAMES = {"time": "TIMELIMIT", "array": "ARRAY_INX", "mem": "MEM_PER_NODE"}
+_SBATCH_NEVER = ("SBATCH_ARRAY_INX", "SBATCH_WAIT", "SBATCH_WAIT_ALL_NODES")
 _OF_THE_SITE = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_JWT")
 
 
@@ -53,6 +56,19 @@ def for_new_jobs() -> dict[str, str]:
         for name, value in os.environ.items()
         if name in _OF_THE_SITE or not name.startswith(drop)
     }
+
+
+def for_sbatch(options: Iterable[str]) -> dict[str, str]:
+    """Return the environment for sbatch, with the user's defaults where a script is silent.
+
+    Parameters
+    ----------
+    options : iterable of str
+        Long names of the options in the script; sbatch itself would let the variables win.
+    """
+    given = {_SBATCH_NAMES.get(name, name.upper().replace("-", "_")) for name in options}
+    drop = {f"SBATCH_{name}" for name in given}.union(_SBATCH_NEVER)
+    return {name: value for name, value in for_new_jobs().items() if name not in drop}
 
 
 def current() -> Environment:

@@ -166,11 +166,12 @@ def submit(script: Path, name: str) -> str:
     SubmissionError
         If Slurm refuses it or does not answer.
     """
+    env = environment.for_sbatch(re.findall(r"^#SBATCH --([a-z-]+)", script.read_text(), re.M))
     deadline_s = time.monotonic() + _RETRY_S
     pause_s = _FIRST_PAUSE_S
     while True:
         try:
-            done = _run(["sbatch", "--parsable", str(script)], 0.0)
+            done = _run_once(["sbatch", "--parsable", str(script)], env=env)
             return done.stdout.strip().split(";")[0]
         except SlurmDoesNotAnswer as error:
             if time.monotonic() > deadline_s:
@@ -264,7 +265,9 @@ def _run(
             pause_s = min(2 * pause_s, _MAX_PAUSE_S)
 
 
-def _run_once(command: Sequence[str], tolerate: str | None) -> subprocess.CompletedProcess[str]:
+def _run_once(
+    command: Sequence[str], tolerate: str | None = None, env: dict[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     line = " ".join(command)
     try:
         done = subprocess.run(
@@ -273,7 +276,7 @@ def _run_once(command: Sequence[str], tolerate: str | None) -> subprocess.Comple
             text=True,
             timeout=_CALL_TIMEOUT_S,
             check=False,
-            env=environment.for_new_jobs(),
+            env=env or environment.for_new_jobs(),
             start_new_session=True,  # a Ctrl-C in the terminal is ours to handle
         )
     except FileNotFoundError:

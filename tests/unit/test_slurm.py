@@ -34,6 +34,12 @@ def write(folder: Path, name: str, script: str) -> None:
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
 
 
+def job(folder: Path) -> Path:
+    path = folder / "job.sh"
+    path.write_text("#!/bin/bash\n#SBATCH --time=5\n")
+    return path
+
+
 def calls(folder: Path, name: str) -> list[str]:
     path = folder / f"{name}.calls"
     return path.read_text().splitlines() if path.exists() else []
@@ -107,14 +113,14 @@ def test_a_missing_command_is_named(commands: Path, monkeypatch: pytest.MonkeyPa
 def test_what_slurm_refuses_is_not_submitted_again(commands: Path) -> None:
     write(commands, "sbatch", 'echo "sbatch: error: invalid partition specified: no" >&2; exit 1')
     with pytest.raises(SubmissionError, match="invalid partition specified: no"):
-        slurm.submit(Path("job.sh"), "name")
+        slurm.submit(job(commands), "name")
     assert len(calls(commands, "sbatch")) == 1
 
 
 def test_a_job_is_submitted_once_though_the_answer_was_lost(commands: Path) -> None:
     write(commands, "sbatch", 'echo "sbatch: error: Socket timed out on send/recv" >&2; exit 1')
     write(commands, "squeue", "echo 42")
-    assert slurm.submit(Path("job.sh"), "run-1-server") == "42"
+    assert slurm.submit(job(commands), "run-1-server") == "42"
     assert len(calls(commands, "sbatch")) == 1
     assert "--name=run-1-server" in calls(commands, "squeue")[0]
 
@@ -126,22 +132,31 @@ def test_a_job_whose_submission_failed_is_submitted_again(commands: Path) -> Non
         'if [ $N -lt 2 ]; then echo "Unable to contact slurm controller" >&2; exit 1; fi; echo 43',
     )
     write(commands, "squeue", "true")
-    assert slurm.submit(Path("job.sh"), "run-1-server") == "43"
+    assert slurm.submit(job(commands), "run-1-server") == "43"
 
 
 def test_nothing_of_an_outer_job_leaks_into_a_new_one(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_JOB_ID", "SLURM_CPUS_PER_TASK", "SRUN_DEBUG", "SUBMITIT_EXECUTOR",
                  "FEDHPC_ARRAY_TASK", "CUDA_VISIBLE_DEVICES"):  # fmt: skip
         monkeypatch.setenv(name, "1")
-    for name in ("SQUEUE_PARTITION", "SBATCH_PARTITION", "SCANCEL_STATE", "SACCT_FORMAT"):
+    for name in ("SQUEUE_PARTITION", "SCANCEL_STATE", "SACCT_FORMAT"):
         monkeypatch.setenv(name, "of commands typed by hand")
     monkeypatch.setenv("SLURM_CONF", "slurm.conf")
     env = environment.for_new_jobs()
-    told = ("SLURM", "SRUN", "SUBMITIT", "FEDHPC", "CUDA", "SQUEUE", "SBATCH", "SCANCEL", "SACCT")
+    told = ("SLURM", "SRUN", "SUBMITIT", "FEDHPC", "CUDA", "SQUEUE", "SCANCEL", "SACCT")
     left = {name for name in env if name.startswith(told)}
     assert left - {"FEDHPC_LOG_LEVEL"} == {"SLURM_CONF"}
     monkeypatch.delenv("SLURM_JOB_ID")
     assert environment.for_new_jobs()["CUDA_VISIBLE_DEVICES"] == "1"
+
+
+def test_the_users_defaults_hold_where_a_script_is_silent(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("SBATCH_ACCOUNT", "SBATCH_PARTITION", "SBATCH_TIMELIMIT", "SBATCH_WAIT"):
+        monkeypatch.setenv(name, "1")
+    env = environment.for_sbatch(["partition", "time"])
+    assert {name for name in env if name.startswith("SBATCH")} == {"SBATCH_ACCOUNT"}
 
 
 def test_a_job_that_can_never_start_is_told_from_one_that_waits() -> None:
