@@ -31,6 +31,7 @@ LAYERS = {
         "fedhpc.inspection",
         "fedhpc.oversight",
         "fedhpc.server",
+        "fedhpc.fits",
         "fedhpc.client",
     ],
     "commands": [
