@@ -142,7 +142,7 @@ def _accounting(job_ids: Sequence[str]) -> dict[str, Job]:
     """Ask sacct; nothing if the site has no accounting."""
     if shutil.which("sacct") is None:
         return {}
-    command = ["sacct", "--allocations", "--noheader", "--parsable2", "--array",
+    command = ["sacct", "--allocations", "--noheader", "--parsable2",
                "--format=JobID,State,Reason,Start,NodeList",
                f"--jobs={','.join(job_ids)}"]  # fmt: skip
     with contextlib.suppress(PlatformError):
