@@ -14,6 +14,7 @@ from types import FrameType
 
 from fedhpc import (
     __version__,
+    allotment,
     config,
     environment,
     inspection,
@@ -26,8 +27,10 @@ from fedhpc.errors import FedHPCError, PlatformError
 from fedhpc.federation import certificates, grid_pb2
 from fedhpc.federation.link import LinkClient
 from fedhpc.fits import FIT, Fits
-from fedhpc.isolation import ChildPool, PoolOptions, find_slots
-from fedhpc.isolation.processes import DEFAULT_PRELOAD
+from fedhpc.isolation import ChildPool, PoolOptions, Slot, locks
+from fedhpc.isolation.calls import DEFAULT_PRELOAD
+from fedhpc.isolation.nvml import open_nvml
+from fedhpc.isolation.telemetry import Sampler
 from fedhpc.oversight import ServerGone, ServerJob, ServerQueued
 from fedhpc.paths import RunPaths, open_run_folder
 
@@ -53,6 +56,8 @@ class ArrayTask:
         self._stopped = threading.Event()
         self._link: LinkClient | None = None
         self._gpus: list[str] = []
+        self._lock_folder = ""
+        self._problem: PlatformError | None = None
         self._server_job = ServerJob(paths, 60 * self._config.cluster.reattach_timeout_min)
 
     def run(self) -> int:
@@ -74,36 +79,64 @@ class ArrayTask:
     def _run(self) -> int:
         run_state.register_process(self._paths, f"client-{self._index}", self._environment.job_id)
         isolation, cluster = self._config.isolation, self._config.cluster
-        cpus = self._environment.cpus
+        folder = allotment.prepare_lock_folder(isolation, self._environment)
+        self._lock_folder = locks.identity(folder)
+        here = 1
         if cluster.executor == "local":  # the array tasks share this machine
-            parallel = min(cluster.array_tasks, cluster.max_parallel or cluster.array_tasks)
-            cpus = max(1, cpus // parallel)
-        slots = find_slots(
-            isolation.device,
-            isolation.slots,
-            cpus=cpus,
-            threads_per_fit=isolation.threads_per_fit,
+            here = min(cluster.array_tasks, cluster.max_parallel or cluster.array_tasks)
+        nvml = open_nvml()
+        slots = allotment.slots(
+            isolation, self._environment, nvml, folder=folder, array_tasks_here=here
         )
-        self._gpus = sorted({slot.env["CUDA_VISIBLE_DEVICES"] for slot in slots} - {""})
+        gpus = list(dict.fromkeys(gpu for slot in slots for gpu in slot.gpus))
+        self._gpus = [gpu.id for gpu in gpus]
         seeker = rendezvous.Seeker(self._paths, self._server_job.job_id or "(not known)")
         # On full cores a standby child only takes time from the fits.
+        cpus = max(1, self._environment.cpus // here)
         spare = len(slots) * isolation.threads_per_fit < cpus
         standby = spare if isolation.standby == "auto" else isolation.standby
-        with ChildPool(self._pool_options(standby=standby)) as pool:
-            fits = Fits(pool, slots, self._paths, isolation.fit_timeout_s)
+        options = self._pool_options(standby=standby)
+        with (
+            ChildPool(options, nvml) as pool,
+            Sampler(
+                self._paths.memory_of(self._index),
+                pool,
+                self._header(slots),
+                gpus=gpus,
+                nvml=nvml,
+                host_limit_bytes=options.host_memory_bytes,
+            ) as sampler,
+        ):
+            fits = Fits(pool, slots, self._paths, self._config, sampler, self._give_up)
             while not self._stopped.is_set():
                 found = seeker.wait(cluster.rendezvous_timeout_s, self._is_stopped)
                 if found is None or found.phase != "serving":
                     break
                 try:
-                    if self._serve(found, fits, len(slots)):
+                    if self._serve(found, fits, pool):
                         return 0
                 except PlatformError as error:
                     if not self._stopped.is_set():
                         logger.warning("%s", error)
                 seeker.failed(found)
                 self._server_job.expect_soon()
+        if self._problem is not None:
+            raise self._problem
         return 128 + signal.SIGTERM if self._stopped.is_set() else 0
+
+    def _header(self, slots: list[Slot]) -> dict[str, object]:
+        """Return what the file with samples of memory begins with."""
+        return {
+            "host": self._environment.host,
+            "array_task": self._index,
+            "slots": len(slots),
+            "device": "cuda" if self._gpus else "cpu",
+        }
+
+    def _give_up(self, problem: PlatformError) -> None:
+        """Leave with an error, as nothing can run here any more."""
+        self._problem = problem
+        self.stop()
 
     def _is_stopped(self) -> bool:
         """Return whether to stop looking for the server, asking Slurm for its job now and then."""
@@ -135,7 +168,7 @@ class ArrayTask:
         if self._link is not None:
             threading.Thread(target=self._link.close, daemon=True).start()
 
-    def _serve(self, found: rendezvous.Rendezvous, fits: Fits, slots: int) -> bool:
+    def _serve(self, found: rendezvous.Rendezvous, fits: Fits, pool: ChildPool) -> bool:
         """Serve one server; return whether the run ended.
 
         Raises
@@ -146,17 +179,20 @@ class ArrayTask:
         hello = grid_pb2.Hello(
             run_id=self._paths.run_id,
             array_task=self._index,
-            slots=slots,
+            slots=fits.capacity(),
             host=self._environment.host,
             job_id=self._environment.job_id,
             pid=os.getpid(),
             held=fits.held(),
             version=__version__,
             gpus=self._gpus,
+            lock_folder=self._lock_folder,
         )
         credentials = certificates.client_credentials(self._paths.secrets)
         timeout_s = self._config.cluster.liveness_timeout_s
-        link = self._link = LinkClient(found.address, credentials, hello, timeout_s)
+        link = self._link = LinkClient(
+            found.address, credentials, hello, timeout_s, waiting=pool.waiting
+        )
         try:
             if self._stopped.is_set():  # while the link was being made
                 return False
@@ -193,6 +229,9 @@ class ArrayTask:
             prepare_arg=str(self._paths.root),
             # Another app's import may touch CUDA: then each child does it for itself.
             prepare_early=builtin and not self._config.app.mods,
+            host_memory_bytes=(
+                None if isolation.host_memory_gb is None else int(1e9 * isolation.host_memory_gb)
+            ),
         )
 
 

@@ -1,9 +1,12 @@
 """What the machine and Slurm tell this process: the only reader of ``SLURM_*``."""
 
+import contextlib
 import os
 import socket
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,8 @@ class Environment:
         Index within the client array, 0 or more.
     cpus : int
         Cores this process may use.
+    gpus : tuple of str
+        Indices of the GPUs that Slurm allotted to the job, as far as it tells.
     on_slurm : bool
         Whether Slurm started it.
     restarts : int
@@ -30,6 +35,7 @@ class Environment:
     job_id: str
     array_task: int
     cpus: int
+    gpus: tuple[str, ...]
     on_slurm: bool
     restarts: int
 
@@ -80,7 +86,7 @@ def current() -> Environment:
     if array_job and array_index:
         job_id = f"{array_job}_{array_index}"
     # The affinity mask already follows cpusets; Slurm's number matters where tasks are not bound.
-    cpus = len(os.sched_getaffinity(0))
+    cpus = min(len(os.sched_getaffinity(0)), _quota())
     if on_slurm and env.get("SLURM_CPUS_PER_TASK", "").isdigit():
         cpus = min(cpus, int(env["SLURM_CPUS_PER_TASK"]))
     return Environment(
@@ -88,6 +94,47 @@ def current() -> Environment:
         job_id=job_id,
         array_task=int(array_index or env.get("FEDHPC_ARRAY_TASK", "0")),
         cpus=cpus,
+        gpus=_indices(env.get("SLURM_STEP_GPUS") or env.get("SLURM_JOB_GPUS") or ""),
         on_slurm=on_slurm,
         restarts=int(env.get("SLURM_RESTART_COUNT", "0")),
     )
+
+
+def _indices(text: str) -> tuple[str, ...]:
+    """Return the indices in a list such as 0,2-3; other names stay as they are."""
+    found: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        first, dash, last = part.partition("-")
+        if dash and first.isdigit() and last.isdigit():
+            found += map(str, range(int(first), int(last) + 1))
+        else:
+            found.append(part)
+    return tuple(found)
+
+
+def _quota() -> int:
+    """Return how many cores the control group of this process may keep busy, one at least.
+
+    Containers limit time on the cores rather than which cores.
+    """
+    quotas = [sys.maxsize]
+    with contextlib.suppress(OSError, ValueError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if not controllers:
+                quotas += _quotas(Path("/sys/fs/cgroup"), group, "cpu.max")
+            elif "cpu" in controllers.split(","):
+                base = Path("/sys/fs/cgroup/cpu")
+                quotas += _quotas(base, group, "cpu.cfs_quota_us", "cpu.cfs_period_us")
+    return max(1, min(quotas))
+
+
+def _quotas(base: Path, group: str, *names: str) -> Iterator[int]:
+    """Yield the limits of a control group and of those that it is in."""
+    folder = base / group.lstrip("/")
+    while folder.is_relative_to(base):
+        with contextlib.suppress(OSError, ValueError):
+            quota, period = " ".join((folder / name).read_text() for name in names).split()
+            if quota.isdigit():  # neither "max" nor -1: no limit
+                yield int(quota) // int(period)
+        folder = folder.parent

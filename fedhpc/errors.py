@@ -58,7 +58,11 @@ class RendezvousTimeout(PlatformError):
 
 
 class SlotTimeout(PlatformError):
-    """No slot became free within the deadline."""
+    """No slot, or not enough memory beside it, became free within the deadline."""
+
+
+class GpuLost(PlatformError):
+    """A GPU does not answer any more: what it was to do must be done elsewhere."""
 
 
 class RunError(FedHPCError):
@@ -79,6 +83,18 @@ class FitFailed(RunError):
     def __init__(self, message: str, traceback: str = "", hint: str | None = None) -> None:
         self.traceback = traceback
         super().__init__(message, hint)
+
+
+class FitOutOfMemory(FitFailed):
+    """CUDA had no memory left for a fit, at first or again when it ran alone.
+
+    Attributes
+    ----------
+    need_bytes : int
+        GPU memory that it had when it asked for more; 0 if that is not known.
+    """
+
+    need_bytes = 0
 
 
 class FitDied(RunError):

@@ -1,25 +1,37 @@
 """The fits of an array task: run in slots, their results held until the server has them."""
 
+import contextlib
 import logging
 import os
 import queue
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from fedhpc import files
-from fedhpc.errors import FedHPCError, FitFailed, ForkServerDied, PlatformError
-from fedhpc.federation import grid_pb2
+from fedhpc.config import Config
+from fedhpc.errors import (
+    FedHPCError,
+    FitFailed,
+    FitOutOfMemory,
+    ForkServerDied,
+    GpuLost,
+    PlatformError,
+)
+from fedhpc.federation import grid_pb2, message_ids
 from fedhpc.federation.link import LinkClient, chunks
-from fedhpc.isolation import ChildPool, Slot, channel
+from fedhpc.isolation import ChildPool, Need, Reply, Slot, channel
+from fedhpc.isolation.peaks import Peaks
+from fedhpc.isolation.telemetry import Sampler, Usage
 from fedhpc.paths import RunPaths
 
 logger = logging.getLogger(__name__)
 
 FIT = "fedhpc.federation.fit"
 _TRIES = 3  # of a fit whose fork server died
+_MB = 1e6
 
 
 @dataclass
@@ -53,22 +65,37 @@ class Fits:
         One fit at a time in each.
     paths : RunPaths
         Of the run.
-    fit_timeout_s : float
-        Deadline of one fit.
+    settings : Config
+        Of the run.
+    sampler : Sampler
+        Told of every fit.
+    on_useless : callable
+        Called with the reason when no slot is left: every GPU is lost.
     """
 
     def __init__(
-        self, pool: ChildPool, slots: list[Slot], paths: RunPaths, fit_timeout_s: float
+        self,
+        pool: ChildPool,
+        slots: list[Slot],
+        paths: RunPaths,
+        settings: Config,
+        sampler: Sampler,
+        on_useless: Callable[[PlatformError], None],
     ) -> None:
         self._pool = pool
         self._paths = paths
-        self._fit_timeout_s = fit_timeout_s
+        self._config = settings
+        self._sampler = sampler
+        self._on_useless = on_useless
+        self._peaks = Peaks(paths.peaks)
         self._lock = threading.Lock()
         self._waiting: queue.SimpleQueue[tuple[float, grid_pb2.Work]] = queue.SimpleQueue()
         self._held: dict[str, _Result | None] = {}  # None while it waits or runs
         self._blobs: dict[str, int] = {}
         self._incoming: dict[str, int] = {}
         self._link: LinkClient | None = None
+        self._slots = list(slots)
+        self._need: Need | None = None  # the highest known of any kind of fit
         for slot in slots:
             threading.Thread(
                 target=self._work_in, args=(slot,), name=f"slot-{slot.index}", daemon=True
@@ -78,6 +105,11 @@ class Fits:
         """Return the messages that run here, or whose results the server has not accepted."""
         with self._lock:
             return sorted(self._held)
+
+    def capacity(self) -> int:
+        """Return how many fits can run here at a time, as far as is known yet."""
+        with self._lock:
+            return self._capacity()
 
     def use(self, link: LinkClient | None) -> None:
         """Send results over this link from now on, beginning with those held."""
@@ -89,6 +121,7 @@ class Fits:
             self._incoming.clear()
             results = [result for result in self._held.values() if result is not None]
             if link is not None:
+                self._send_capacity()  # it may have changed since the greeting
                 for result in results:
                     link.send(result.events())
 
@@ -128,14 +161,24 @@ class Fits:
         if result is not None:
             channel.close_all(result.blobs)
 
+    # --- slots ---
+
     def _work_in(self, slot: Slot) -> None:
         while True:
             queued_s, work = self._waiting.get()
             with self._lock:
                 wanted = work.message_id in self._held
+                usable = slot in self._slots
+            if not usable and self._slots:  # its GPU is lost, but not every GPU
+                self._waiting.put((queued_s, work))
+                return
             if not wanted:
                 continue  # cancelled while it waited
-            result = self._run(work, slot, time.monotonic() - queued_s)
+            try:
+                result = self._run(work, slot, time.monotonic() - queued_s)
+            except GpuLost as error:
+                self._lose(slot, work.message_id, error)
+                continue
             with self._lock:
                 if work.message_id not in self._held:
                     channel.close_all(result.blobs)
@@ -144,13 +187,52 @@ class Fits:
                 if self._link is not None:
                     self._link.send(result.events())
 
+    def _capacity(self) -> int:
+        """See `capacity`; the lock is held."""
+        if self._config.isolation.slots_per_gpu != "auto":
+            return len(self._slots)
+        gpus = {gpu: 0 for slot in self._slots for gpu in slot.gpus}
+        for slot in self._slots:
+            for gpu in slot.gpus:
+                gpus[gpu] += 1
+        if not gpus:
+            return len(self._slots)
+        if self._need is None:  # the first fits have a GPU each, to learn what they need
+            return len(gpus)
+        need = self._need.total_bytes
+        return sum(min(slots, max(1, gpu.total_bytes // need)) for gpu, slots in gpus.items())
+
+    def _send_capacity(self) -> None:
+        """Tell the server how many fits can run here; the lock is held."""
+        if self._link is not None:
+            slots = grid_pb2.Slots(slots=self._capacity())
+            self._link.send([grid_pb2.FromArrayTask(slots=slots)])
+
+    def _lose(self, slot: Slot, message_id: str, error: GpuLost) -> None:
+        """Give up the slots of a GPU, and hand the fit back that was to run there."""
+        logger.error("%s", error)
+        with self._lock:
+            self._slots = [other for other in self._slots if not set(other.gpus) & set(slot.gpus)]
+            self._held.pop(message_id, None)
+            self._send_capacity()
+            if self._link is not None:
+                back = grid_pb2.HandBack(message_id=message_id, reason=error.message)
+                self._link.send([grid_pb2.FromArrayTask(hand_back=back)])
+            useless = not self._slots
+        if useless:
+            self._on_useless(error)
+
+    # --- one fit ---
+
     def _run(self, work: grid_pb2.Work, slot: Slot, wait_s: float) -> _Result:
-        """Run a fit; whatever goes wrong is a result too, and never the end of the slot."""
+        """Run a fit; what goes wrong is a result too, unless the fit can run elsewhere."""
         for tries_left in reversed(range(_TRIES)):
             try:
                 return self._try(work, slot, wait_s)
+            except GpuLost:
+                raise
             except FitFailed as error:
-                return _failure(work, slot, error.message, error.traceback, raised=True)
+                return _failure(work, slot, str(error), error.traceback, raised=True)
             except ForkServerDied as error:
                 if not tries_left:
                     return _failure(work, slot, str(error))
@@ -163,27 +245,80 @@ class Fits:
         raise AssertionError("unreachable")
 
     def _try(self, work: grid_pb2.Work, slot: Slot, wait_s: float) -> _Result:
+        parts = message_ids.read(work.message_id)
+        kind, need, capped = self._need_of(parts.verb, slot)
+        usages: list[Usage] = []
+        gpu = slot.gpus[0] if slot.gpus else None
+
+        def begin(before_bytes: int | None) -> None:
+            about = {
+                "message_id": work.message_id,
+                "client": parts.client_id,
+                "round": parts.server_round,
+                "verb": parts.verb,
+                "slot": slot.index,
+                "gpu": gpu and gpu.id,
+            }
+            usages.append(self._sampler.began(about, gpu, before_bytes))
+
+        gone = threading.Event()
+        gone.set()
+        more: dict[str, object] = {"ok": False}
         fds = self._open_inputs(work)
         try:
             reply = self._pool.run(
-                f"{FIT}:run", fds, slot=slot, timeout_s=self._fit_timeout_s, tag=work.message_id
+                f"{FIT}:run",
+                fds,
+                slot=slot,
+                timeout_s=self._config.isolation.fit_timeout_s,
+                slot_timeout_s=self._config.isolation.slot_timeout_s,
+                tag=work.message_id,
+                label=f"{self._paths.run_id}, {parts.verb} of client {parts.client_id}",
+                need=need,
+                capped=capped,
+                on_admitted=begin,
             )
+            gone = reply.gone
+            peak_mb = _mb(reply.gpu_peak_bytes) if gpu else reply.peak_rss_mb
+            more = {"ok": True, "peak_mb": peak_mb}
+        except FitOutOfMemory as error:
+            if error.need_bytes:
+                self._learn(kind, error.need_bytes, None)
+            raise
         finally:
             channel.close_all(fds)
+            if usages:
+                self._sampler.ended(usages[-1], gone, **more)
+        if reply.gpu_peak_bytes:
+            self._learn(kind, reply.gpu_peak_bytes, reply.gpu_context_bytes)
         message = grid_pb2.Result.FromString(bytes(channel.map_file(reply.buffers[0])))
         channel.close_all(reply.buffers[:1])
-        message.fit.CopyFrom(
-            grid_pb2.Fit(
-                slot=slot.index,
-                wait_s=wait_s,
-                start_s=reply.start_s,
-                run_s=reply.run_s,
-                return_s=reply.return_s,
-                peak_rss_mb=reply.peak_rss_mb,
-                late_imports=reply.late_imports,
-            )
-        )
+        message.fit.CopyFrom(_as_message(reply, slot, wait_s))
         return _Result(message, reply.buffers[1:])
+
+    def _need_of(self, verb: str, slot: Slot) -> tuple[str, Need | None, bool]:
+        """Return the kind of a fit, the GPU memory that it needs, and if it is held to that."""
+        app = self._config.app
+        if app.is_builtin:
+            batch: object = self._config.training.batch_size
+        else:
+            batch = app.run_config.get("batch-size", "of the app")
+        kind = f"{app.client or app.dir or 'built-in'}: {verb}, batch size {batch}"
+        if self._config.isolation.gpu_memory_gb is not None:
+            return kind, Need(int(1e9 * self._config.isolation.gpu_memory_gb)), True
+        # A fit without neighbours may use more than those before it did.
+        return kind, self._peaks.need(kind) if slot.gpus else None, slot.limit > 1
+
+    def _learn(self, kind: str, peak_bytes: int, context_bytes: int | None) -> None:
+        with contextlib.suppress(PlatformError):  # the next fit learns it
+            self._peaks.note(kind, peak_bytes, context_bytes)
+        need = self._peaks.need(kind)
+        with self._lock:
+            before = self._capacity()
+            if need and (self._need is None or need.total_bytes > self._need.total_bytes):
+                self._need = need
+            if self._capacity() != before:
+                self._send_capacity()
 
     def _open_inputs(self, work: grid_pb2.Work) -> list[int]:
         """Return descriptors of the request and its blobs, this fit's own to close."""
@@ -213,6 +348,26 @@ class Fits:
                 "is the run folder on a disk that this node sees?",
             )
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _mb(bytes_: int | None) -> float | None:
+    return None if bytes_ is None else round(bytes_ / _MB, 1)
+
+
+def _as_message(reply: Reply, slot: Slot, queued_s: float) -> grid_pb2.Fit:
+    return grid_pb2.Fit(
+        slot=slot.index,
+        wait_s=queued_s + reply.wait_s,
+        start_s=reply.start_s,
+        run_s=reply.run_s,
+        return_s=reply.return_s,
+        peak_rss_mb=reply.peak_rss_mb,
+        late_imports=reply.late_imports,
+        gpu=slot.gpus[0].id if slot.gpus else "",
+        gpu_before_mb=_mb(reply.gpu_before_bytes),
+        gpu_peak_mb=_mb(reply.gpu_peak_bytes),
+        out_of_memory=reply.out_of_memory,
+    )
 
 
 def _failure(

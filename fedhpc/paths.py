@@ -108,6 +108,16 @@ class RunPaths:
         return self.root / "fits.jsonl"
 
     @property
+    def memory(self) -> Path:
+        """Samples of memory over time, a file an array task."""
+        return self.root / "memory"
+
+    @property
+    def peaks(self) -> Path:
+        """How much GPU memory fits needed, a file for each kind of fit."""
+        return self.root / "peaks"
+
+    @property
     def errors(self) -> Path:
         """One file a failure."""
         return self.root / "errors"
@@ -131,6 +141,10 @@ class RunPaths:
     def model(self) -> Path:
         """The final global model."""
         return self.root / "model.safetensors"
+
+    def memory_of(self, array_task: int) -> Path:
+        """Return the samples of one array task."""
+        return self.memory / f"{array_task}.jsonl"
 
     def process(self, role: str) -> Path:
         """Pid, start time and host of the process that plays ``role``."""
@@ -175,6 +189,7 @@ def create_run_folder(runs_dir: Path, name: str) -> RunPaths:
             paths.jobs.mkdir()
             paths.errors.mkdir()
             paths.blobs.mkdir()
+            paths.memory.mkdir()
         except FileExistsError:
             continue
         except OSError as error:

@@ -121,7 +121,8 @@ def places_of(resolved: Config) -> Places:
     gpus = options.gpus(job)
     slots: int | None = None if isolation.slots == "auto" else isolation.slots
     if gpus and isolation.device != "cpu":
-        slots = gpus * (slots or 1)
+        per_gpu = isolation.slots_per_gpu
+        slots = None if per_gpu == "auto" else gpus * per_gpu
     elif slots is None and job.cpus_per_task:
         slots = max(1, job.cpus_per_task // isolation.threads_per_fit)
     return Places(array_tasks, slots, gpus * array_tasks, options.gpus(options.of_server(cluster)))
@@ -129,19 +130,15 @@ def places_of(resolved: Config) -> Places:
 
 def _places_here(resolved: Config, array_tasks: int) -> Places:
     """Return the places of the local executor, whose array tasks share this machine."""
-    from fedhpc.isolation import find_slots
+    from fedhpc import allotment
+    from fedhpc.isolation.nvml import open_nvml
 
-    isolation = resolved.isolation
+    here = environment.current()
     try:
-        slots = find_slots(
-            isolation.device,
-            isolation.slots,
-            cpus=max(1, environment.current().cpus // array_tasks),
-            threads_per_fit=isolation.threads_per_fit,
-        )
+        slots = allotment.slots(resolved.isolation, here, open_nvml(), array_tasks_here=array_tasks)
     except PlatformError:  # no GPU here: the run will say so
         return Places(array_tasks, None)
-    gpus = {slot.env["CUDA_VISIBLE_DEVICES"] for slot in slots} - {""}
+    gpus = {gpu for slot in slots for gpu in slot.gpus}
     return Places(array_tasks, len(slots), len(gpus))
 
 

@@ -145,8 +145,29 @@ class Isolation(Section):
     )
     slots: Literal["auto"] | Positive = Field(
         "auto",
-        description="fits at a time in an array task (on GPU: per GPU); auto: one a GPU,"
-        " or cores / threads_per_fit",
+        description="on the CPU: fits at a time in an array task; auto: cores / threads_per_fit",
+    )
+    slots_per_gpu: Literal["auto"] | Positive = Field(
+        1,
+        description="on GPUs: fits at a time on each, of all array tasks and runs of yours that"
+        " share it; auto: as many as its memory admits and the cores can feed",
+    )
+    gpu_memory_gb: Number | None = Field(
+        None,
+        gt=0,
+        description="GPU memory of one fit, CUDA's context included: it starts when so much is"
+        " free and is held to it; null: learned from the first fits",
+    )
+    host_memory_gb: Number | None = Field(
+        None,
+        gt=0,
+        description="memory of one fit on the host, its data loader's workers included; a fit that"
+        " uses more fails; null: no limit but the job's",
+    )
+    lock_dir: StrictStr | None = Field(
+        None,
+        description="folder of the node, the same for all your jobs on it, for the slot locks;"
+        " null: /tmp/fedhpc-<uid>; $VARIABLES work",
     )
     threads_per_fit: Positive = Field(
         1, description="threads of one fit; part of what makes a result reproducible"
@@ -162,7 +183,12 @@ class Isolation(Section):
         description="prepare the next child while its predecessor trains; auto: where a core is"
         " left for it",
     )
-    fit_timeout_s: Seconds = Field(3600, description="deadline of one fit, in seconds")
+    slot_timeout_s: Seconds = Field(
+        1800, description="how long a fit waits for its slot and memory, in seconds"
+    )
+    fit_timeout_s: Seconds = Field(
+        3600, description="deadline of one fit, from the moment that it has its slot, in seconds"
+    )
     preload: list[StrictStr] = Field(
         default_factory=list,
         description="further modules to import once in the fork server; they must not touch CUDA",

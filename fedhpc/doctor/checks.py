@@ -4,13 +4,9 @@ A check returns in words what it found. It raises a `FedHPCError` if a run would
 `Doubt` if a run may work, but not as it was asked for.
 """
 
-import contextlib
-import fcntl
 import hashlib
 import os
 import platform
-import re
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +16,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import fedhpc
-from fedhpc import environment
+from fedhpc import allotment, environment
 from fedhpc.cluster import slurm
-from fedhpc.config import Config
+from fedhpc.config import Config, Isolation
 from fedhpc.errors import FedHPCError, PlatformError, RunError
-from fedhpc.isolation import ChildPool, Slot, channel, find_slots
+from fedhpc.isolation import ChildPool, Slot, channel
+from fedhpc.isolation import locks as slot_locks
 
 _CHILD_TIMEOUT_S = 300.0  # torch on a cold disk
 _ASK_SLURM_S = 10.0
@@ -32,7 +29,6 @@ _ITS_NAME = f"{PlatformError.__module__}.{PlatformError.__name__}: "
 _SIZE = 256  # of the matrices that a child multiplies
 # A run needs these to be the same everywhere: they carry pickles and messages, or decide numbers.
 _PACKAGES = ("flwr", "flwr-datasets", "numpy", "submitit", "torch", "torchvision")
-_NETWORK_DISKS = re.compile("nfs|lustre|gpfs|beegfs|ceph|panfs|wekafs|cifs|9p|fuse")
 
 
 class Doubt(FedHPCError):
@@ -110,12 +106,12 @@ def cores(wanted: int | None, threads_per_fit: int) -> str:
     return found
 
 
-def gpus(wanted: int, device: Literal["auto", "cpu", "cuda"]) -> str:
+def gpus(wanted: int, isolation: Isolation, slots: Sequence[Slot]) -> str:
     """Compare the GPUs that fits would use with those that the job asks for."""
-    slots = find_slots(device, 1, cpus=1, threads_per_fit=1)
-    visible = [gpu for slot in slots if (gpu := slot.env["CUDA_VISIBLE_DEVICES"])]
-    found = f"{wanted} asked for, sees {', '.join(visible) or 'none'}"
-    if device == "cpu" and wanted:
+    visible = [gpu for slot in slots for gpu in slot.gpus]
+    names = ", ".join(f"{gpu.id} ({gpu.name})" if gpu.name else gpu.id for gpu in visible)
+    found = f"{wanted} asked for, sees {names or 'none'}"
+    if isolation.device == "cpu" and wanted:
         raise Doubt(f"{wanted} asked for, but isolation.device is cpu", "set it to auto")
     if len(visible) < wanted:
         raise _too_few(found, "does the site want cluster.clients.gres, or gpus_per_task?")
@@ -123,6 +119,11 @@ def gpus(wanted: int, device: Literal["auto", "cpu", "cuda"]) -> str:
         raise Doubt(
             f"{found}: other jobs may use them too",
             "ask for them with cluster.clients.gpus_per_task, or set isolation.device: cpu",
+        )
+    if not all(gpu.total_bytes for gpu in visible):
+        raise Doubt(
+            f"{found}; their memory cannot be read, so slots alone decide which fits may start",
+            "is nvidia-ml-py installed for the jobs' Python?",
         )
     return found
 
@@ -212,76 +213,43 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def lock_folders() -> dict[str, list[int]]:
-    """Return the folders that locks of a node could lie in, each with its device and inode."""
-    folders = dict.fromkeys(["/dev/shm", os.environ.get("TMPDIR", "/tmp"), "/tmp"])  # noqa: S108
-    found = {}
-    for folder in folders:
-        with contextlib.suppress(OSError):
-            status = Path(folder).stat()
-            found[folder] = [status.st_dev, status.st_ino]
-    return found
-
-
-def locks(other_job: Mapping[str, Sequence[int]] | None) -> str:
-    """Look for a folder in which locks hold between all jobs of this node.
-
-    ``other_job`` is what another job on this node says are its `lock_folders`, if there is one.
-    """
-    found: list[str] = []
-    private: list[bool] = []  # of the folders that are of use
-    for folder, identity in lock_folders().items():
-        kind, root = mount_of(Path(folder).resolve())
-        if problem := _why_no_locks(Path(folder), kind):
-            found.append(f"{folder} ({kind}): {problem}")
-            continue
-        if other_job is not None:
-            private.append(other_job.get(folder) != identity)
-            words = (
-                "not the one of the other job here" if private[-1] else "shared with the other job"
-            )
-        else:
-            private.append(root not in ("/", folder))
-            words = f"perhaps for this job alone, as it is {root} of its disk"
-            words = words if private[-1] else "nothing says that it is for this job alone"
-        found.append(f"{folder} ({kind}): locks work; {words}")
-    text = "\n".join(found)
-    if not private:
-        raise PlatformError(text, "set TMPDIR to a folder of the node with cluster.env")
-    if all(private):
-        raise Doubt(
-            text,
-            "jobs that share a GPU of this node would not see each other's locks: keep one array"
-            " task on a GPU, or ask the site for a folder of the node that jobs share",
-        )
-    return text
-
-
-def mount_of(folder: Path, mounts: str | None = None) -> tuple[str, str]:
-    """Return the kind of file system of a folder, and which folder of it is mounted there."""
-    deepest, found = "", ("unknown", "/")
-    for line in (mounts or Path("/proc/self/mountinfo").read_text()).splitlines():
-        before, _, after = line.partition(" - ")
-        root, point = before.split()[3:5]
-        if folder.is_relative_to(point) and len(point) >= len(deepest):
-            deepest, found = point, (after.split()[0], root)
-    return found
-
-
-def _why_no_locks(folder: Path, kind: str) -> str:
-    """Return why locks in a folder are of no use; "" if they work."""
-    if _NETWORK_DISKS.match(kind):
-        return "not of this node alone"
+def lock_folder(isolation: Isolation) -> str:
+    """Return what tells whether two processes of a machine have the same folder of slot locks."""
     try:
-        with tempfile.NamedTemporaryFile(prefix="fedhpc-", dir=folder) as first:
-            fcntl.flock(first, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with open(first.name, "rb") as second:  # noqa: PTH123
-                fcntl.flock(second, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        folder = allotment.lock_folder(isolation)
+        slot_locks.prepare_folder(folder)
+        return slot_locks.identity(folder)
+    except (OSError, PlatformError):  # the check of the locks says why
         return ""
-    except OSError as error:
-        return f"cannot be used: {error.strerror}"
-    return "a lock that was held could be taken again"
+
+
+def locks(isolation: Isolation, other_job: str | None) -> str:
+    """Try the folder of the slot locks.
+
+    ``other_job`` is what another job on this node says is its `lock_folder`, if there is one.
+    """
+    folder = allotment.lock_folder(isolation)
+    slot_locks.prepare_folder(folder)
+    group = slot_locks.SlotGroup(folder, f"doctor-{os.getpid()}")
+    with group.gate():
+        first, second = group.take(1), group.take(1)
+    if first is None or second is not None:
+        raise PlatformError(
+            f"a lock in {folder} that was held could be taken again, or a free one could not",
+            "name another folder of the node with isolation.lock_dir",
+        )
+    first.release()
+    for path in folder.glob(f"doctor-{os.getpid()}.*"):  # nobody else knows of these
+        path.unlink()
+    kind, _ = slot_locks.mount_of(folder)
+    found = f"{folder} ({kind}): locks work"
+    hint = "jobs that share a GPU need one folder: name it with isolation.lock_dir"
+    if other_job is not None and other_job != slot_locks.identity(folder):
+        raise Doubt(f"{found}; but it is not the one of the other job here", hint)
+    job_id = environment.current().job_id
+    if other_job is None and (own := slot_locks.private_to_job(folder, job_id)):
+        raise Doubt(f"{found}; but it seems to be for this job alone ({own} of its disk)", hint)
+    return f"{found}; {'shared with the other job' if other_job else 'for all jobs of this node'}"
 
 
 def slurm_commands(job_id: str) -> str:

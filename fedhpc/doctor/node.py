@@ -10,12 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-from fedhpc import config, environment, files, network, run_state
+from fedhpc import allotment, config, environment, files, network, run_state
 from fedhpc.cluster import options
 from fedhpc.doctor import checks
 from fedhpc.doctor.checks import Doubt
 from fedhpc.errors import PlatformError
-from fedhpc.isolation import ChildPool, PoolOptions, find_slots
+from fedhpc.isolation import ChildPool, PoolOptions, Slot
+from fedhpc.isolation.nvml import open_nvml
 from fedhpc.paths import RunPaths
 
 Role = Literal["login", "server", "client-0"]
@@ -52,7 +53,7 @@ class Node:
         self._report: dict[str, Any] = {
             "where": f"{TITLES[role]} ({self._environment.host})",
             "machine": [self._environment.host, checks.boot_id()],
-            "lock_folders": checks.lock_folders(),
+            "lock_folder": checks.lock_folder(self._config.isolation),
             "versions": checks.versions(),
             "checks": [],
         }
@@ -92,18 +93,24 @@ class Node:
             self._look("app", checks.app, self._config)
         if self._environment.on_slurm:
             self._look("Slurm's commands", checks.slurm_commands, self._environment.job_id)
-        gpus = options.gpus(self._options)
-        if self._role == "client-0" or gpus:
-            self._look("GPUs", checks.gpus, gpus, isolation.device)
-        device: Literal["auto", "cpu"] = "cpu" if isolation.device == "cpu" else "auto"
-        threads = isolation.threads_per_fit
+        threads, gpus = isolation.threads_per_fit, options.gpus(self._options)
+        # One child on each GPU; where a GPU is missing the check says so, and the CPU is tried.
+        one_each = isolation.model_copy(update={"slots": 1, "slots_per_gpu": 1})
+        nvml = open_nvml()
+        try:
+            slots = allotment.slots(one_each, self._environment, nvml)
+        except PlatformError as error:
+            self._look("GPUs", _raise, error)
+            slots = [Slot(0)]
+        else:
+            if self._role == "client-0" or gpus:
+                self._look("GPUs", checks.gpus, gpus, isolation, slots)
         how = PoolOptions(
             isolation.start_method, threads_per_fit=threads, standby=False, huge_pages=False
         )
-        with ChildPool(how) as pool:
-            slots = find_slots(device, 1, cpus=1, threads_per_fit=threads)
+        with ChildPool(how, nvml) as pool:
             for slot in slots[:1] if self._role == "server" else slots:  # as in a run
-                gpu = slot.env["CUDA_VISIBLE_DEVICES"]
+                gpu = ", ".join(gpu.id for gpu in slot.gpus)
                 self._look(f"child on GPU {gpu}" if gpu else "child", checks.child, pool, slot)
 
     def _look_at_server(self) -> None:
@@ -114,7 +121,8 @@ class Node:
         self._look("shared folder", echo, self._paths, self._role, "server")
         alone = same_node and self._environment.on_slurm
         self._look("server's port", reach, server, self._paths.run_id, alone)
-        self._look("slot locks", checks.locks, server["lock_folders"] if same_node else None)
+        other = server["lock_folder"] if same_node else None
+        self._look("slot locks", checks.locks, self._config.isolation, other)
 
     def _listen(self) -> str:
         """Listen where the server of a run would, and on another port at every address.
@@ -179,6 +187,10 @@ def echo(paths: RunPaths, me: Role, other: Role) -> str:
     if seconds > _SLOW_S:
         raise Doubt(found, "everything starts later by as much: is there a faster shared disk?")
     return found
+
+
+def _raise(error: PlatformError) -> str:
+    raise error
 
 
 def own_addresses() -> dict[str, str]:

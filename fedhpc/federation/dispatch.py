@@ -177,6 +177,17 @@ class Dispatch:
         if len(self._links) >= self._min_array_tasks:
             self._started = True
 
+    def resize(self, link: int, slots: int) -> None:
+        """Note how many fits a link's array task runs at a time from now on."""
+        if link in self._links:
+            self._links[link].slots = slots
+
+    def hand_back(self, link: int, message_id: str, reason: str) -> None:
+        """Note that a link's array task cannot run a message that it was given."""
+        if link in self._links and message_id in self._links[link].assigned:
+            self._links[link].assigned.discard(message_id)
+            self._take_away(link, self._links[link], message_id, reason, blame=True)
+
     def leave(self, link: int, reason: str = "its stream broke") -> None:
         """Note that a link is gone."""
         if link in self._links:
@@ -260,15 +271,21 @@ class Dispatch:
         link = self._links.pop(number)
         self._actions.append(Drop(number, reason))
         for message_id in sorted(link.assigned):
-            message = self._messages[message_id]
-            message.links.discard(number)
-            message.losses += blame
-            if message.losses >= self._max_losses and not message.links:
-                del self._messages[message_id]
-                self._actions.append(
-                    Fail(
-                        message_id,
-                        f"its array task was lost {message.losses} times while it ran; at last"
-                        f" array task {link.array_task}: {reason}",
-                    )
+            self._take_away(number, link, message_id, reason, blame=blame)
+
+    def _take_away(
+        self, number: int, link: _Link, message_id: str, reason: str, *, blame: bool
+    ) -> None:
+        """Free a message for another link, unless it was lost too often."""
+        message = self._messages[message_id]
+        message.links.discard(number)
+        message.losses += blame
+        if message.losses >= self._max_losses and not message.links:
+            del self._messages[message_id]
+            self._actions.append(
+                Fail(
+                    message_id,
+                    f"its array task was lost {message.losses} times while it ran; at last"
+                    f" array task {link.array_task}: {reason}",
                 )
+            )

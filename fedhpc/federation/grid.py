@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedhpc.federation import compat, grid_pb2, seeds
+from fedhpc.federation import compat, grid_pb2, message_ids, seeds
 from fedhpc.federation.payload import ArrayCache, pack, unpack
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.states import ClientStates
@@ -148,7 +148,8 @@ class HpcGrid(Grid):
         key = (server_round, client_id, metadata.message_type)
         sequence = self._sequences[key]
         self._sequences[key] += 1
-        message_id = f"r{server_round:05d}-c{client_id:06d}-{metadata.message_type}-{sequence}"
+        parts = message_ids.Parts(server_round, client_id, metadata.message_type, sequence)
+        message_id = message_ids.make(parts)
         # Flower shares one content between a cohort's messages, but not the metadata.
         compat.set_message_id(message, message_id)
         packed = pack(message, self._states.get(client_id), cache)

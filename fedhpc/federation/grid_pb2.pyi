@@ -26,19 +26,23 @@ class ToArrayTask(_message.Message):
     def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ...) -> None: ...
 
 class FromArrayTask(_message.Message):
-    __slots__ = ("hello", "chunk", "result", "heartbeat")
+    __slots__ = ("hello", "chunk", "result", "heartbeat", "slots", "hand_back")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     RESULT_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    HAND_BACK_FIELD_NUMBER: _ClassVar[int]
     hello: Hello
     chunk: Chunk
     result: Result
     heartbeat: Heartbeat
-    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ...) -> None: ...
+    slots: Slots
+    hand_back: HandBack
+    def __init__(self, hello: _Optional[_Union[Hello, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., result: _Optional[_Union[Result, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., slots: _Optional[_Union[Slots, _Mapping]] = ..., hand_back: _Optional[_Union[HandBack, _Mapping]] = ...) -> None: ...
 
 class Hello(_message.Message):
-    __slots__ = ("run_id", "array_task", "slots", "host", "job_id", "pid", "held", "version", "gpus")
+    __slots__ = ("run_id", "array_task", "slots", "host", "job_id", "pid", "held", "version", "gpus", "lock_folder")
     RUN_ID_FIELD_NUMBER: _ClassVar[int]
     ARRAY_TASK_FIELD_NUMBER: _ClassVar[int]
     SLOTS_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +52,7 @@ class Hello(_message.Message):
     HELD_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     GPUS_FIELD_NUMBER: _ClassVar[int]
+    LOCK_FOLDER_FIELD_NUMBER: _ClassVar[int]
     run_id: str
     array_task: int
     slots: int
@@ -57,7 +62,8 @@ class Hello(_message.Message):
     held: _containers.RepeatedScalarFieldContainer[str]
     version: str
     gpus: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, run_id: _Optional[str] = ..., array_task: _Optional[int] = ..., slots: _Optional[int] = ..., host: _Optional[str] = ..., job_id: _Optional[str] = ..., pid: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., gpus: _Optional[_Iterable[str]] = ...) -> None: ...
+    lock_folder: str
+    def __init__(self, run_id: _Optional[str] = ..., array_task: _Optional[int] = ..., slots: _Optional[int] = ..., host: _Optional[str] = ..., job_id: _Optional[str] = ..., pid: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., gpus: _Optional[_Iterable[str]] = ..., lock_folder: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("attempt",)
@@ -66,8 +72,24 @@ class Welcome(_message.Message):
     def __init__(self, attempt: _Optional[int] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("waiting",)
+    WAITING_FIELD_NUMBER: _ClassVar[int]
+    waiting: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, waiting: _Optional[_Iterable[str]] = ...) -> None: ...
+
+class Slots(_message.Message):
+    __slots__ = ("slots",)
+    SLOTS_FIELD_NUMBER: _ClassVar[int]
+    slots: int
+    def __init__(self, slots: _Optional[int] = ...) -> None: ...
+
+class HandBack(_message.Message):
+    __slots__ = ("message_id", "reason")
+    MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    message_id: str
+    reason: str
+    def __init__(self, message_id: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class Finish(_message.Message):
     __slots__ = ("reason",)
@@ -150,7 +172,7 @@ class Failure(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., traceback: _Optional[str] = ..., raised: bool = ...) -> None: ...
 
 class Fit(_message.Message):
-    __slots__ = ("slot", "wait_s", "start_s", "run_s", "return_s", "peak_rss_mb", "late_imports")
+    __slots__ = ("slot", "wait_s", "start_s", "run_s", "return_s", "peak_rss_mb", "late_imports", "gpu", "gpu_before_mb", "gpu_peak_mb", "out_of_memory")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     START_S_FIELD_NUMBER: _ClassVar[int]
@@ -158,6 +180,10 @@ class Fit(_message.Message):
     RETURN_S_FIELD_NUMBER: _ClassVar[int]
     PEAK_RSS_MB_FIELD_NUMBER: _ClassVar[int]
     LATE_IMPORTS_FIELD_NUMBER: _ClassVar[int]
+    GPU_FIELD_NUMBER: _ClassVar[int]
+    GPU_BEFORE_MB_FIELD_NUMBER: _ClassVar[int]
+    GPU_PEAK_MB_FIELD_NUMBER: _ClassVar[int]
+    OUT_OF_MEMORY_FIELD_NUMBER: _ClassVar[int]
     slot: int
     wait_s: float
     start_s: float
@@ -165,7 +191,11 @@ class Fit(_message.Message):
     return_s: float
     peak_rss_mb: float
     late_imports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, slot: _Optional[int] = ..., wait_s: _Optional[float] = ..., start_s: _Optional[float] = ..., run_s: _Optional[float] = ..., return_s: _Optional[float] = ..., peak_rss_mb: _Optional[float] = ..., late_imports: _Optional[_Iterable[str]] = ...) -> None: ...
+    gpu: str
+    gpu_before_mb: float
+    gpu_peak_mb: float
+    out_of_memory: bool
+    def __init__(self, slot: _Optional[int] = ..., wait_s: _Optional[float] = ..., start_s: _Optional[float] = ..., run_s: _Optional[float] = ..., return_s: _Optional[float] = ..., peak_rss_mb: _Optional[float] = ..., late_imports: _Optional[_Iterable[str]] = ..., gpu: _Optional[str] = ..., gpu_before_mb: _Optional[float] = ..., gpu_peak_mb: _Optional[float] = ..., out_of_memory: bool = ...) -> None: ...
 
 class Payload(_message.Message):
     __slots__ = ("message", "state", "arrays", "client_id", "seed")

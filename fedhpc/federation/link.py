@@ -7,7 +7,7 @@ array task's own process stays small.
 import queue
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import grpc
 
@@ -53,6 +53,8 @@ class LinkClient:
         Who we are.
     liveness_timeout_s : float
         Silence after which the server counts as lost.
+    waiting : callable
+        Returns what fits wait for that have no slot yet, in words; the server is told.
     """
 
     def __init__(
@@ -61,8 +63,10 @@ class LinkClient:
         credentials: grpc.ChannelCredentials,
         hello: grid_pb2.Hello,
         liveness_timeout_s: float,
+        waiting: Callable[[], list[str]] = list,
     ) -> None:
         self.address = address
+        self._waiting = waiting
         self._liveness_timeout_s = liveness_timeout_s
         self._outgoing: queue.SimpleQueue[Iterator[Event] | None] = queue.SimpleQueue()
         self._outgoing.put(iter([Event(hello=hello)]))
@@ -120,7 +124,7 @@ class LinkClient:
 
     def _keep_alive(self) -> None:
         while not self._closed.wait(self._liveness_timeout_s / 5):
-            self.send([Event(heartbeat=grid_pb2.Heartbeat())])
+            self.send([Event(heartbeat=grid_pb2.Heartbeat(waiting=self._waiting()))])
             if time.monotonic() - self._heard_s > self._liveness_timeout_s:
                 self._call.cancel()
                 return

@@ -36,6 +36,8 @@ class _Peer:
     sent: set[str] = field(default_factory=set)
     arriving: dict[str, bytearray] = field(default_factory=dict)
     arrived: dict[str, memoryview] = field(default_factory=dict)
+    slots: int = 0
+    waiting: list[str] = field(default_factory=list)
     dropped: asyncio.Future[str] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -138,10 +140,11 @@ class LinkServer:
                 "host": peer.hello.host,
                 "job_id": peer.hello.job_id,
                 "gpus": list(peer.hello.gpus),
-                "slots": peer.hello.slots,
+                "slots": peer.slots,
                 "running": self._machine.running_on(peer.number),
                 "done": self._done[index],
                 "failed": self._failed[index],
+                "waiting": peer.waiting if peer.number in self._peers else [],
             }
             for index, peer in sorted(self._known.items())
         ]
@@ -261,7 +264,9 @@ class LinkServer:
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"this is run {self._options.run_id}, not {hello.run_id}",
             )
-        peer = _Peer(next(self._numbers), hello)
+        if problem := self._clash(hello):
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, problem)
+        peer = _Peer(next(self._numbers), hello, slots=hello.slots)
         peer.outgoing.put_nowait(
             ToArrayTask(welcome=grid_pb2.Welcome(attempt=self._options.attempt))
         )
@@ -299,6 +304,20 @@ class LinkServer:
         if peer.dropped.done() and not peer.dropped.cancelled():
             await context.abort(grpc.StatusCode.ABORTED, reason)
 
+    def _clash(self, hello: grid_pb2.Hello) -> str:
+        """Return why an array task must not work beside the others on its node; "" if it may."""
+        for peer in self._peers.values():
+            other = peer.hello
+            shared = [gpu for gpu in hello.gpus if gpu in other.gpus and not gpu.isdigit()]
+            # A UUID is one GPU of the world.
+            if shared and other.lock_folder != hello.lock_folder:
+                return (
+                    f"array tasks {other.array_task} and {hello.array_task} share GPU {shared[0]},"
+                    " but do not see the same folder of slot locks (a /tmp for each job?); name a"
+                    " folder of the node that both see with isolation.lock_dir"
+                )
+        return ""
+
     async def _read(self, peer: _Peer, requests: AsyncIterator[grid_pb2.FromArrayTask]) -> None:
         async for event in requests:
             self._machine.heard(peer.number, time.monotonic())
@@ -306,6 +325,17 @@ class LinkServer:
                 self._take_chunk(peer, event.chunk)
             elif event.HasField("result"):
                 self._take_result(peer, event.result)
+            elif event.HasField("heartbeat"):
+                peer.waiting = list(event.heartbeat.waiting)
+            elif event.HasField("slots"):
+                peer.slots = event.slots.slots
+                self._machine.resize(peer.number, peer.slots)
+                self._act()
+            elif event.HasField("hand_back"):
+                back = event.hand_back
+                logger.warning("array task %d: %s", peer.hello.array_task, back.reason)
+                self._machine.hand_back(peer.number, back.message_id, back.reason)
+                self._act()
 
     async def _write(self, peer: _Peer, context: _Context) -> None:
         while (event := await peer.outgoing.get()) is not None:

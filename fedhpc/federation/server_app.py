@@ -7,16 +7,16 @@ federation, loads no torch and keeps no GPU memory.
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from fedhpc import config
+from fedhpc import allotment, config, environment
 from fedhpc.federation import compat, seeds, strategies
 from fedhpc.federation.payload import BytesLike, decode_arrays, encode_arrays
-from fedhpc.isolation import ChildPool, PoolOptions, Slot, channel, find_slots
-from fedhpc.isolation.processes import DEFAULT_PRELOAD
+from fedhpc.isolation import ChildPool, PoolOptions, Slot, channel
+from fedhpc.isolation.calls import DEFAULT_PRELOAD
+from fedhpc.isolation.nvml import open_nvml
 from fedhpc.paths import RunPaths
 
 app = ServerApp()
@@ -41,11 +41,15 @@ def main(grid: Grid, context: Context) -> None:
         prepare_arg=run_dir,
         prepare_early=True,
     )
-    # The server job needs no GPU, and uses one that it has.
-    device: Literal["auto", "cpu"] = "cpu" if isolation.device == "cpu" else "auto"
-    slot = find_slots(device, 1, cpus=1, threads_per_fit=isolation.threads_per_fit)[0]
-    with ChildPool(options) as pool:
-        model = _Model(pool, slot, isolation.fit_timeout_s)
+    # The server job needs no GPU, and uses one that it has: in its turn, if others share it.
+    nvml = None if isolation.device == "cpu" else open_nvml()
+    here = environment.current()
+    folder = allotment.prepare_lock_folder(isolation, here) if nvml else None
+    if isolation.device == "cuda":
+        isolation = isolation.model_copy(update={"device": "auto"})
+    slot = allotment.slots(isolation, here, nvml, folder=folder)[0]
+    with ChildPool(options, nvml) as pool:
+        model = _Model(pool, slot, isolation)
         arrays = model.initial(seeds.derive(settings.seed, "model"))
 
         def evaluate(server_round: int, current: ArrayRecord) -> MetricRecord | None:
@@ -65,10 +69,10 @@ def main(grid: Grid, context: Context) -> None:
 class _Model:
     """The global model, as far as it needs torch: each call is a child process."""
 
-    def __init__(self, pool: ChildPool, slot: Slot, timeout_s: float) -> None:
+    def __init__(self, pool: ChildPool, slot: Slot, isolation: config.Isolation) -> None:
         self._pool = pool
         self._slot = slot
-        self._timeout_s = timeout_s
+        self._isolation = isolation
         self._skeleton = b""
 
     def initial(self, seed: int) -> ArrayRecord:
@@ -90,7 +94,12 @@ class _Model:
         fds = [channel.write_memory(parts) for parts in buffers]
         try:
             reply = self._pool.run(
-                f"{_MODULE}_children:{function}", fds, slot=self._slot, timeout_s=self._timeout_s
+                f"{_MODULE}_children:{function}",
+                fds,
+                slot=self._slot,
+                timeout_s=self._isolation.fit_timeout_s,
+                slot_timeout_s=self._isolation.slot_timeout_s,
+                label=f"the server, {function}",
             )
         finally:
             channel.close_all(fds)

@@ -1,9 +1,25 @@
 """Run functions in child processes that share a node's cores and GPUs safely.
 
-Usable alone: it needs neither flwr nor grpc nor submitit, and torch only inside the children.
+Usable alone: it needs neither flwr nor grpc nor submitit, torch only inside the children, and
+nvidia-ml-py only to share the memory of GPUs.
 """
 
-from fedhpc.isolation.processes import ChildPool, PoolOptions, Reply
-from fedhpc.isolation.slots import Slot, find_slots
+from fedhpc.isolation.admission import Need
+from fedhpc.isolation.calls import PoolOptions, Reply
+from fedhpc.isolation.devices import allotted_gpus
+from fedhpc.isolation.nvml import Gpu, Nvml
+from fedhpc.isolation.processes import ChildPool
+from fedhpc.isolation.slots import Slot, cpu_slots, gpu_slots
 
-__all__ = ["ChildPool", "PoolOptions", "Reply", "Slot", "find_slots"]
+__all__ = [
+    "ChildPool",
+    "Gpu",
+    "Need",
+    "Nvml",
+    "PoolOptions",
+    "Reply",
+    "Slot",
+    "allotted_gpus",
+    "cpu_slots",
+    "gpu_slots",
+]

@@ -1,4 +1,4 @@
-"""What runs inside a child process: take a call, run it, send the reply, end."""
+"""What runs inside a child process: take a call, get a slot, run it, send the reply, end."""
 
 import contextlib
 import importlib
@@ -6,19 +6,26 @@ import itertools
 import json
 import os
 import resource
+import select
 import socket
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from fedhpc.isolation import channel
+from fedhpc.isolation import admission, channel, cuda, host_memory
+from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT
+from fedhpc.isolation.locks import SlotGroup
+from fedhpc.isolation.nvml import Reading
 
 # Bytes as JSON; together with the rest they must fit into channel.MAX_MESSAGE.
 _MAX_ERROR = 16 * 1024
 _MAX_TRACEBACK = 64 * 1024
 _MAX_LATE_IMPORTS = 100
+_IDLE_LOOK_S = 0.05
+_IDLE_TIMEOUT_S = 60.0
 
 
 def main() -> None:
@@ -28,9 +35,7 @@ def main() -> None:
     code = 1
     try:
         received = channel.receive(sock)
-        if received is not None:
-            serve(sock, received[0])
-        code = 0
+        code = 0 if received is None else Child(sock, received[0]).serve()
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -45,8 +50,8 @@ def leave(code: int) -> None:
     os._exit(code)
 
 
-def serve(sock: socket.socket, options: dict[str, Any]) -> None:
-    """Answer calls until ``options["fits"]`` of them are done (0: no limit) or the pool is gone.
+class Child:
+    """Answers calls until ``options["fits"]`` of them are done (0: no limit) or the pool is gone.
 
     Parameters
     ----------
@@ -54,36 +59,172 @@ def serve(sock: socket.socket, options: dict[str, Any]) -> None:
         The channel to the pool.
     options : dict
         ``prepare``: "module:function" to call before the first call, or None; ``prepare_arg``: its
-        argument; ``fits``: calls to answer; ``threads``: of torch.
+        argument; ``prepare_now``: whether before there is a slot; ``fits``: calls to answer;
+        ``threads``: of torch; ``env``: environment of the slot; ``refuse``: what to answer to every
+        call, or "".
     """
-    modules_at_start = len(sys.modules)
-    failure: dict[str, Any] | None = None
-    try:
-        prepare(options)
-    except BaseException as error:
-        failure = _describe(error)  # told to whoever calls first
-    if torch := sys.modules.get("torch"):
-        torch.set_num_threads(options["threads"])
-    done = 0
-    while True:
-        received = channel.receive(sock)
-        if received is None:
-            return
-        call, fds = received
-        done += 1
-        reply, reply_fds = _answer(call, fds) if failure is None else (failure, [])
-        reply["late_imports"] = _imported_since(modules_at_start)
-        reply["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        last = done == options["fits"] or failure is not None
-        reply["last"] = last
+
+    def __init__(self, sock: socket.socket, options: dict[str, Any]) -> None:
+        self._sock = sock
+        self._options = options
+        self._slot: admission.Admission | None = None
+        self._group: SlotGroup | None = None
+        self._has_gpu = bool(options["env"].get("CUDA_VISIBLE_DEVICES"))
+        self._failure: dict[str, Any] | None = None
+        self._prepared = False
+        self._done = 0
+
+    def serve(self) -> int:
+        """Serve and return the exit code."""
+        os.environ.update(self._options["env"])
+        modules_at_start = len(sys.modules)
+        if self._options["refuse"]:
+            self._failure = {"error": self._options["refuse"], "traceback": ""}
+        elif self._options["prepare_now"]:
+            self._prepare()
+            if cuda.is_initialised():
+                return EXIT_CUDA_BEFORE_SLOT
+        while (received := self._next_call()) is not None:
+            self._done += 1
+            reply, reply_fds = self._answer(*received)
+            reply["late_imports"] = _imported_since(modules_at_start)
+            reply["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+            last = (
+                self._done == self._options["fits"]
+                or self._failure is not None
+                or reply.get("out_of_memory", False)
+                or self._is_in_the_way()
+            )
+            reply["last"] = last
+            if last:
+                self._release_cores()
+            try:
+                channel.send(self._sock, reply, reply_fds)
+            except ConnectionError:
+                break
+            finally:
+                channel.close_all(reply_fds)
+            if last:
+                break
+        return 0
+
+    # --- between calls ---
+
+    def _next_call(self) -> tuple[dict[str, Any], list[int]] | None:
+        """Wait for a call; None when it is time to leave."""
+        if self._done:
+            end_s = time.monotonic() + _IDLE_TIMEOUT_S
+            while not select.select([self._sock], [], [], _IDLE_LOOK_S)[0]:
+                if self._is_in_the_way() or time.monotonic() > end_s:
+                    return None
+        return channel.receive(self._sock)
+
+    def _is_in_the_way(self) -> bool:
+        """Return whether somebody waits for the slot that this process would keep."""
+        return self._group is not None and bool(self._group.gate().waiting())
+
+    def _release_cores(self) -> None:
+        """Let the next fit have the cores while this process ends; a GPU's memory is still used."""
+        if self._slot is not None and not self._has_gpu:
+            self._slot.lock.release()
+            self._slot = None
+
+    # --- a call ---
+
+    def _answer(self, call: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
+        reply_fds: list[int] = []
         try:
-            channel.send(sock, reply, reply_fds)
-        except ConnectionError:
-            return
-        finally:
+            buffers = [channel.map_file(fd) for fd in fds]
+            channel.close_all(fds)
+            wait_s = self._take_slot(call)
+            if not self._prepared and self._failure is None:
+                self._prepare()
+            if self._failure is not None:
+                return dict(self._failure), []
+            function = resolve(call["entry"])
+            cuda.begin()
+            entered_s = time.monotonic()
+            results = function(*buffers)
+            returned_s = time.monotonic()
+            for parts in results:
+                reply_fds.append(channel.write_memory(parts))
+            if len(reply_fds) > channel.MAX_FDS:
+                raise ValueError(
+                    f"{call['entry']} returned {len(reply_fds)} buffers,"
+                    f" expected at most {channel.MAX_FDS}"
+                )
+        except BaseException as error:
             channel.close_all(reply_fds)
-        if last:
-            return
+            return {**_describe(error), **self._gpu_use()}, []
+        return {
+            "entered_s": entered_s,
+            "returned_s": returned_s,
+            "wait_s": wait_s,
+            **self._gpu_use(),
+        }, reply_fds
+
+    def _prepare(self) -> None:
+        """Call what is to be called once; a failure is told to whoever calls."""
+        try:
+            prepare(self._options)
+        except BaseException as error:
+            self._failure = _describe(error)
+        self._prepared = True
+        if torch := sys.modules.get("torch"):
+            torch.set_num_threads(self._options["threads"])
+
+    def _take_slot(self, call: dict[str, Any]) -> float:
+        """Wait for a slot and memory, unless they are there from the call before."""
+        wait_s, before = 0.0, None
+        if call["request"] is not None and self._slot is None:
+            request = admission.Request(**call["request"])
+            self._slot = admission.admit(request, self._read_memory, self._tell_waiting)
+            self._group = SlotGroup(Path(request.folder), request.key)
+            wait_s = self._slot.wait_s
+            if self._slot.reading is not None:
+                before = self._slot.reading.used_bytes
+            if call["cap_bytes"]:
+                cuda.cap(call["cap_bytes"])
+        if call["host_bytes"] and self._done == 1 and not self._has_gpu:
+            host_memory.limit_own_data(call["host_bytes"])
+        lock = None if self._slot is None else self._slot.lock.index
+        self._tell(
+            {"event": "admitted", "wait_s": wait_s, "lock": lock, "gpu_before_bytes": before}
+        )
+        return wait_s
+
+    def _gpu_use(self) -> dict[str, Any]:
+        """Return the most that this process had of its GPU, its context included where known."""
+        peak, now = cuda.held_bytes()
+        if not peak:
+            return {}
+        context = None
+        with contextlib.suppress(ConnectionError):
+            reading = self._read_memory()
+            used = reading.processes.get(os.getpid()) if isinstance(reading, Reading) else None
+            if used:
+                context = max(0, used - now)
+        return {"gpu_peak_bytes": peak, "gpu_context_bytes": context}
+
+    # --- the pool ---
+
+    def _tell(self, message: dict[str, Any]) -> None:
+        channel.send(self._sock, message)
+
+    def _tell_waiting(self, reason: str) -> None:
+        self._tell({"event": "waiting", "reason": reason})
+
+    def _read_memory(self) -> Reading | str | None:
+        """Ask the pool, which has NVML open, for the memory of this child's GPU."""
+        self._tell({"event": "memory"})
+        received = channel.receive(self._sock)
+        if received is None:
+            raise ConnectionResetError("the pool is gone")
+        answer: Any = received[0]["memory"]
+        if not isinstance(answer, dict):
+            return answer  # type: ignore[no-any-return]
+        processes = {int(pid): used for pid, used in answer["processes"].items()}
+        return Reading(answer["total_bytes"], answer["free_bytes"], processes)
 
 
 def _imported_since(count: int) -> list[str]:
@@ -102,33 +243,14 @@ def prepare(options: dict[str, Any]) -> None:
         resolve(options["prepare"])(options["prepare_arg"])
 
 
-def _answer(call: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
-    os.environ.update(call["env"])
-    reply_fds: list[int] = []
-    try:
-        buffers = [channel.map_file(fd) for fd in fds]
-        channel.close_all(fds)
-        function = resolve(call["entry"])
-        entered_s = time.monotonic()
-        results = function(*buffers)
-        returned_s = time.monotonic()
-        for parts in results:
-            reply_fds.append(channel.write_memory(parts))
-        if len(reply_fds) > channel.MAX_FDS:
-            raise ValueError(
-                f"{call['entry']} returned {len(reply_fds)} buffers,"
-                f" expected at most {channel.MAX_FDS}"
-            )
-    except BaseException as error:
-        channel.close_all(reply_fds)
-        return _describe(error), []
-    return {"entered_s": entered_s, "returned_s": returned_s}, reply_fds
-
-
 def _describe(error: BaseException) -> dict[str, Any]:
     text = "".join(traceback.format_exception(error))
     message = "".join(traceback.format_exception_only(error)).strip()
-    return {"error": _clip(message, _MAX_ERROR), "traceback": _clip(text, _MAX_TRACEBACK)}
+    return {
+        "error": _clip(message, _MAX_ERROR),
+        "traceback": _clip(text, _MAX_TRACEBACK),
+        "out_of_memory": cuda.is_out_of_memory(error),
+    }
 
 
 def _clip(text: str, limit: int) -> str:

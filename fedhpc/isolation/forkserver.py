@@ -23,7 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from fedhpc.isolation import channel, child
+from fedhpc.isolation import channel, child, cuda
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MADV_COLLAPSE = 25
@@ -96,14 +96,17 @@ class ForkServer:
             # A module that cannot be imported fails in the child too, with the right traceback.
             with contextlib.suppress(Exception, SystemExit):
                 importlib.import_module(name)
+            self._check_for_cuda(f"importing {name}, from isolation.preload,")
         torch = sys.modules.get("torch")
         if torch is not None:
             torch.set_num_threads(1)  # what runs here must not start a pool of threads
         if self._options["prepare_early"]:
+            what = f"{self._options['child']['prepare']}, called in advance,"
             # If it fails, each child tries again and tells its caller why.
             with contextlib.suppress(Exception, SystemExit):
                 child.prepare(self._options["child"])
                 self._options["child"]["prepare"] = None
+            self._check_for_cuda(what)
         if torch is not None:
             torch.set_num_threads(self._options["child"]["threads"])
         # Children must not write to pages of objects they only share with this process.
@@ -111,6 +114,14 @@ class ForkServer:
         gc.freeze()
         if self._options["huge_pages"]:
             self._merge_pages()
+
+    def _check_for_cuda(self, what: str) -> None:
+        """Let no child start its work if CUDA is in use here: it cannot be used after a fork."""
+        if cuda.is_initialised() and not self._options["child"]["refuse"]:
+            self._options["child"]["refuse"] = (
+                f"{what} used CUDA in the fork server, so no child can use it any more"
+                "\n  Hint: leave it out of isolation.preload, or set isolation.start_method: spawn"
+            )
 
     def _merge_pages(self) -> None:
         """Move this process's memory into huge pages, where the kernel can (Linux 6.1).
@@ -142,7 +153,7 @@ class ForkServer:
         message, fds = received
         if message["request"] == "start":
             try:
-                pid = self._start_child(fds[0])
+                pid = self._start_child(fds[0], message["child"])
                 self._live[pid] = message["number"]
                 channel.send(
                     self._control, {"event": "started", "number": message["number"], "pid": pid}
@@ -161,7 +172,7 @@ class ForkServer:
                     _kill_group(pid)
         return True
 
-    def _start_child(self, channel_fd: int) -> int:
+    def _start_child(self, channel_fd: int, options: dict[str, Any]) -> int:
         pid = os.fork()
         if pid:
             return pid
@@ -174,8 +185,8 @@ class ForkServer:
                 os.execv(  # noqa: S606
                     sys.executable, [*python, "-m", "fedhpc.isolation.child", str(channel_fd)]
                 )
-            child.serve(socket.socket(fileno=channel_fd), self._options["child"])
-            code = 0
+            sock = socket.socket(fileno=channel_fd)
+            code = child.Child(sock, {**self._options["child"], **options}).serve()
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:

@@ -59,15 +59,21 @@ class Launcher:
         self._thread = threading.Thread(target=self._watch, name="fork-server", daemon=True)
         self._thread.start()
 
-    def start_child(self, number: int, sock: socket.socket) -> None:
-        """Ask for a child with this number, and this socket as its channel.
+    @property
+    def pid(self) -> int:
+        """Of the fork server."""
+        return self._process.pid
+
+    def start_child(self, number: int, sock: socket.socket, options: dict[str, Any]) -> None:
+        """Ask for a child with this number, this socket as its channel, and options of its own.
 
         Raises
         ------
         ConnectionError
             If the fork server is gone.
         """
-        channel.send(self._control, {"request": "start", "number": number}, [sock.fileno()])
+        request = {"request": "start", "number": number, "child": options}
+        channel.send(self._control, request, [sock.fileno()])
 
     def kill_child(self, number: int) -> None:
         """Ask for a child's end, if it still lives."""

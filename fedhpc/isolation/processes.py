@@ -3,124 +3,31 @@
 import contextlib
 import logging
 import os
-import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Self
 
-from fedhpc.errors import FitDied, FitFailed, ForkServerDied, PlatformError
-from fedhpc.isolation import channel
+from fedhpc.errors import (
+    FitDied,
+    FitOutOfMemory,
+    GpuLost,
+    PlatformError,
+)
+from fedhpc.isolation import channel, failures, host_memory
+from fedhpc.isolation.admission import Need, check_need
+from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT, Call, PoolOptions, Reply
 from fedhpc.isolation.launcher import Launcher
+from fedhpc.isolation.nvml import Nvml
 from fedhpc.isolation.slots import Slot
 
 logger = logging.getLogger(__name__)
 
-# Without torch._dynamo each child pays 1.1 s at its first optimizer step.
-DEFAULT_PRELOAD = ("numpy", "torch", "torch._dynamo", "torch.optim")
 _EXIT_TIMEOUT_S = 5.0
 _START_TRIES = 5
-
-
-@dataclass(frozen=True)
-class PoolOptions:
-    """How children are made.
-
-    Attributes
-    ----------
-    start_method : {"forkserver", "spawn"}
-        Fork from a process that has preloaded the slow modules, or start a new interpreter.
-    fits_per_process : int
-        Calls before a child is replaced; 1: always a fresh one; 0: never replaced.
-    threads_per_fit : int
-        Threads of torch and OpenMP in a child.
-    standby : bool
-        Prepare the next child while its predecessor works.
-    preload : sequence of str
-        Modules to import in the fork server; they must neither touch CUDA nor start threads.
-    prepare : str, optional
-        "module:function", called with ``prepare_arg`` in each child before its first call.
-    prepare_early : bool
-        Call it once in the fork server instead. It must neither touch CUDA nor start threads.
-    huge_pages : bool
-        Spend most of a second at the start of the fork server to make every fork cheaper.
-    """
-
-    start_method: Literal["forkserver", "spawn"] = "forkserver"
-    fits_per_process: int = 1
-    threads_per_fit: int = 1
-    standby: bool = True
-    preload: Sequence[str] = DEFAULT_PRELOAD
-    prepare: str | None = None
-    prepare_arg: str = ""
-    prepare_early: bool = False
-    huge_pages: bool = True
-
-    def for_child(self) -> dict[str, Any]:
-        """Return what each child is told."""
-        return {
-            "prepare": self.prepare,
-            "prepare_arg": self.prepare_arg,
-            "fits": self.fits_per_process,
-            "threads": self.threads_per_fit,
-        }
-
-    def for_fork_server(self) -> dict[str, Any]:
-        """Return what the fork server is told."""
-        spawn = self.start_method == "spawn"
-        return {
-            "preload": [] if spawn else list(self.preload),
-            "spawn": spawn,
-            "huge_pages": self.huge_pages and not spawn,
-            "prepare_early": self.prepare_early and not spawn,
-            "child": self.for_child(),
-        }
-
-    def env(self) -> dict[str, str]:
-        """Return the environment of the fork server and its children."""
-        threads = str(self.threads_per_fit)
-        return {
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "OPENBLAS_NUM_THREADS": threads,
-            "PYTHONHASHSEED": "0",  # the order of sets is the same in every array task
-            # torch.cuda.is_available() at an app's import then asks NVML and makes no context.
-            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-        }
-
-
-@dataclass
-class Reply:
-    """What a call returned.
-
-    Attributes
-    ----------
-    buffers : list of int
-        Descriptors of memfds, one for each buffer that the function returned. The receiver closes
-        them (`close`).
-    start_s, run_s, return_s : float
-        Seconds from the call until the function was entered, inside it, and until its reply
-        arrived.
-    peak_rss_mb : float
-        Highest resident memory of the child, shared pages of the fork server included.
-    late_imports : list of str
-        Modules (the first 100) that the child had to import itself, in their order.
-    """
-
-    buffers: list[int]
-    start_s: float
-    run_s: float
-    return_s: float
-    peak_rss_mb: float
-    late_imports: list[str]
-
-    def close(self) -> None:
-        """Give the memory of the buffers back."""
-        channel.close_all(self.buffers)
-        self.buffers = []
 
 
 @dataclass(eq=False)
@@ -128,9 +35,13 @@ class _Child:
     number: int
     generation: int  # of the fork server
     sock: socket.socket
+    env: dict[str, str]  # of the slot it was made for
     pid: int | None = None
     tag: str = ""
+    kept: bool = False
+    waits_for: str = ""
     doomed: bool = False
+    over_memory: bool = False
     exit_code: int | None = None
     exited: threading.Event = field(default_factory=threading.Event)
 
@@ -139,6 +50,10 @@ class _Child:
         self.exited.set()
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RDWR)  # wakes a reader, also if a fork keeps it open
+
+
+class _Left(Exception):
+    """A child that was kept has left: the call is another's."""
 
 
 class ChildPool:
@@ -150,10 +65,13 @@ class ChildPool:
     ----------
     options : PoolOptions
         How children are made.
+    nvml : Nvml, optional
+        Where the memory of GPUs is read. Without it slots alone decide who may start.
     """
 
-    def __init__(self, options: PoolOptions) -> None:
+    def __init__(self, options: PoolOptions, nvml: Nvml | None = None) -> None:
         self._options = options
+        self._nvml = nvml
         self._lock = threading.Lock()
         self._live: dict[int, _Child] = {}
         self._ready: list[_Child] = []
@@ -161,6 +79,7 @@ class ChildPool:
         self._numbers = 0
         self._generation = 0
         self._closed = False
+        self._cuda_before_slot = False
         self._launcher: Launcher | None = None
 
     def __enter__(self) -> Self:
@@ -195,63 +114,58 @@ class ChildPool:
         *,
         slot: Slot,
         timeout_s: float,
+        slot_timeout_s: float | None = None,
         tag: str = "",
+        label: str = "",
+        need: Need | None = None,
+        capped: bool = True,
+        on_admitted: Callable[[int | None], None] | None = None,
     ) -> Reply:
         """Call ``entry`` in a child and return what it returned.
 
+        A call that runs out of GPU memory runs once more, alone on its GPU.
+
         Parameters
         ----------
-        entry : str
-            "module:function". It is called with one memoryview a buffer, and returns a sequence of
-            at most 250 buffers, each a sequence of bytes-like parts.
-        buffers : iterable of int
-            Descriptors of at most 250 memfds or files; the caller keeps and closes them.
-        slot : Slot
-            Where it runs. One call at a time in each slot.
-        timeout_s : float
-            Deadline of the call. At it the child and all its descendants are killed.
-        tag : str
-            What `cancel` may know the call by.
+        entry, buffers, slot, timeout_s, slot_timeout_s, tag, label, need, capped, on_admitted
+            See `Call`. Without ``slot_timeout_s``, ``timeout_s`` holds until the slot, and again
+            from there.
 
         Raises
         ------
         FitFailed
-            If the function raised; with the child's traceback.
+            If the function raised; with the child's traceback. `FitOutOfMemory` if there was not
+            enough GPU memory.
         FitDied
             If the child ended without a reply, or passed the deadline.
+        SlotTimeout
+            If there was no slot or no memory in time.
+        GpuLost
+            If the slot's GPU does not answer.
         PlatformError
             If the pool is closed, or no child could be started.
         """
-        called_s = time.monotonic()
-        buffers = list(buffers)
-        _check_buffers(buffers)
-        child = self._take(slot, tag)
-        try:
-            if self._options.standby:
-                self._prepare_successor()
-            received = self._exchange(child, entry, slot, buffers, timeout_s)
-        except BaseException:
-            # Not waited for: whoever interrupts the caller must not wait for the child.
-            child.doomed = True
-            self._ask_to_kill(child)
-            raise
-        if received is None:
-            raise self._death(child)
-        reply, fds = received
-        with self._lock:
-            child.tag = ""
-            if not (reply["last"] or child.doomed):
-                self._kept[slot.index] = child
-        if "error" in reply:
-            raise FitFailed(reply["error"], reply["traceback"])
-        return Reply(
-            buffers=fds,
-            start_s=reply["entered_s"] - called_s,
-            run_s=reply["returned_s"] - reply["entered_s"],
-            return_s=time.monotonic() - reply["returned_s"],
-            peak_rss_mb=reply["peak_rss_mb"],
-            late_imports=reply["late_imports"],
+        limit_s = timeout_s if slot_timeout_s is None else slot_timeout_s
+        call = Call(
+            entry, tuple(buffers), slot, timeout_s, limit_s, tag, label, need, capped, on_admitted
         )
+        _check_buffers(call.buffers)
+        for gpu in slot.gpus:
+            check_need(need.total_bytes if need else None, gpu.total_bytes, gpu.id)
+        try:
+            return self._run(call, alone=False)
+        except FitOutOfMemory as error:
+            if not slot.gpus:
+                raise
+            logger.warning("%s ran out of GPU memory; it runs again, alone", label or entry)
+            first = error
+        try:
+            reply = self._run(call, alone=True)
+        except FitOutOfMemory as error:
+            error.need_bytes = max(error.need_bytes, first.need_bytes)
+            raise
+        reply.out_of_memory = True
+        return reply
 
     def cancel(self, tag: str) -> None:
         """Kill the children of calls with this tag; the calls raise `FitDied`."""
@@ -262,36 +176,131 @@ class ChildPool:
         for child in children:
             self._ask_to_kill(child)
 
-    def children(self) -> list[int]:
-        """Return the pids of the live children."""
+    def kill_for_memory(self, pid: int) -> None:
+        """Kill a child that used more host memory than it may; its call raises `FitDied`."""
         with self._lock:
-            return [child.pid for child in self._live.values() if child.pid is not None]
+            children = [child for child in self._live.values() if child.pid == pid]
+            for child in children:
+                child.doomed = child.over_memory = True
+        for child in children:
+            self._ask_to_kill(child)
+
+    def children(self) -> dict[int, str]:
+        """Return the live children by pid: the tag of their call, "" between calls."""
+        with self._lock:
+            return {child.pid: child.tag for child in self._live.values() if child.pid is not None}
+
+    def waiting(self) -> list[str]:
+        """Return what calls wait for that have no slot yet, in words."""
+        with self._lock:
+            return sorted({child.waits_for for child in self._live.values() if child.waits_for})
+
+    def fork_server(self) -> int | None:
+        """Return the pid of the fork server, if it lives."""
+        with self._lock:
+            return None if self._launcher is None else self._launcher.pid
 
     # --- calls ---
 
+    def _run(self, call: Call, *, alone: bool) -> Reply:
+        called_s = time.monotonic()
+        oom_kills = host_memory.oom_kills()
+        while True:
+            child = self._take(call.slot, call.tag)
+            try:
+                if self._options.standby:
+                    self._prepare_successor(call.slot)
+                received = self._exchange(child, call, alone=alone)
+                break
+            except _Left:
+                continue
+            except BaseException:
+                # Not waited for: whoever interrupts the caller must not wait for the child.
+                child.doomed = True
+                self._ask_to_kill(child)
+                raise
+            finally:
+                child.waits_for = ""
+        if received is None:
+            raise self._death(child, oom_kills)
+        reply, fds, admitted = received
+        with self._lock:
+            child.tag = ""
+            if not (reply["last"] or child.doomed):
+                child.kept = True
+                self._kept[call.slot.index] = child
+        if "error" in reply:
+            raise failures.raised(reply)
+        peak, context = reply.get("gpu_peak_bytes"), reply.get("gpu_context_bytes")
+        return Reply(
+            buffers=fds,
+            wait_s=admitted["wait_s"],
+            start_s=reply["entered_s"] - called_s - admitted["wait_s"],
+            run_s=reply["returned_s"] - reply["entered_s"],
+            return_s=time.monotonic() - reply["returned_s"],
+            peak_rss_mb=reply["peak_rss_mb"],
+            late_imports=reply["late_imports"],
+            gpu_before_bytes=admitted["gpu_before_bytes"],
+            gpu_peak_bytes=None if peak is None else peak + (context or 0),
+            gpu_context_bytes=context,
+            gone=child.exited,
+        )
+
     def _exchange(
-        self, child: _Child, entry: str, slot: Slot, buffers: list[int], timeout_s: float
-    ) -> tuple[dict[str, Any], list[int]] | None:
-        """Send a call and wait for its reply; None if the child is gone."""
+        self, child: _Child, call: Call, *, alone: bool
+    ) -> tuple[dict[str, Any], list[int], dict[str, Any]] | None:
+        """Send a call, answer the child's questions and wait for its reply; None if it is gone."""
+        deadline_s = time.monotonic() + call.slot_timeout_s
+        admitted: dict[str, Any] | None = None
+        message = call.message(alone=alone, host_bytes=self._options.host_memory_bytes)
         try:
-            channel.send(child.sock, {"entry": entry, "env": slot.env}, buffers)
-            child.sock.settimeout(timeout_s)
-            return channel.receive(child.sock)
+            channel.send(child.sock, message, call.buffers)
+            while True:
+                child.sock.settimeout(max(0.001, deadline_s - time.monotonic()))
+                received = channel.receive(child.sock)
+                if received is None:
+                    _gone(child, admitted)
+                    return None
+                answer, fds = received
+                match answer.get("event"):
+                    case "memory":
+                        channel.send(child.sock, {"memory": self._read_memory(call.slot)})
+                    case "waiting":
+                        child.waits_for = answer["reason"]
+                        logger.info("%s waits: %s", call.label or call.entry, answer["reason"])
+                    case "admitted":
+                        admitted, child.waits_for = answer, ""
+                        deadline_s = time.monotonic() + call.timeout_s
+                        if call.on_admitted is not None:
+                            call.on_admitted(answer["gpu_before_bytes"])
+                    case _:
+                        assert admitted is not None  # noqa: S101  (the child tells it first)
+                        return answer, fds, admitted
         except ConnectionError:
+            _gone(child, admitted)
             return None
         except TimeoutError:
             self._ask_to_kill(child)
             child.exited.wait(_EXIT_TIMEOUT_S)
-            raise FitDied(
-                f"no reply within {timeout_s:g} s; the child and its descendants were killed",
-                "raise isolation.fit_timeout_s, or look for a hang in the app",
-            ) from None
+            raise failures.too_late(call, child.waits_for, admitted=admitted is not None) from None
         except OSError as error:
             if child.exited.is_set():
+                _gone(child, admitted)
                 return None
             raise PlatformError(f"the channel to a child failed: {error.strerror}") from error
 
-    def _death(self, child: _Child) -> FitDied:
+    def _read_memory(self, slot: Slot) -> dict[str, Any] | str | None:
+        """Return the memory of a slot's GPU, or why it cannot be told now; None: not at all."""
+        if self._nvml is None or not slot.gpus or not slot.gpus[0].total_bytes:
+            return None
+        try:
+            return asdict(self._nvml.memory(slot.gpus[0]))
+        except GpuLost:
+            raise
+        except PlatformError as error:
+            return error.message
+
+    def _death(self, child: _Child, oom_kills: tuple[int, int]) -> FitDied:
         if not child.exited.wait(1.0):
             self._ask_to_kill(child)
             child.exited.wait(_EXIT_TIMEOUT_S)
@@ -299,24 +308,8 @@ class ChildPool:
                 "the child closed its channel and lived on; it was killed",
                 "does the app close descriptors that are not its own?",
             )
-        code = child.exit_code
-        if code is None:
-            return ForkServerDied("the fork server ended, and the child with it", "see its log")
-        if code >= 0:
-            return FitDied(
-                f"the child exited with code {code} before it replied",
-                "does the app call exit()? its output is in the array task's log",
-            )
-        hints = {
-            signal.SIGKILL: "often the kernel's out-of-memory killer: raise cluster.mem_gb,"
-            " or lower isolation.slots",
-            signal.SIGSEGV: "a crash in native code; try isolation.start_method: spawn",
-        }
-        try:
-            known = signal.Signals(-code)
-        except ValueError:  # a real-time signal
-            return FitDied(f"the child was killed by signal {-code}")
-        return FitDied(f"the child was killed by {known.name}", hints.get(known))
+        limit = self._options.host_memory_bytes if child.over_memory else None
+        return failures.died(child.exit_code, oom_kills, limit)
 
     # --- children ---
 
@@ -326,37 +319,41 @@ class ChildPool:
             if self._closed:
                 raise PlatformError("the pool of children is closed")
             kept = self._kept.pop(slot.index, None)
-            candidates = [*([kept] if kept else []), *self._ready]
+            fitting = [child for child in self._ready if child.env == slot.env]
+            candidates = [*([kept] if kept else []), *fitting]
             child = next((child for child in candidates if not child.exited.is_set()), None)
             if child is None:
-                child = self._start_child()
+                # A context that an app's import makes must lie in a slot too.
+                child = self._start_child(slot, prepare_now=not slot.gpus)
             elif child in self._ready:
                 self._ready.remove(child)
             child.tag = tag
             return child
 
-    def _prepare_successor(self) -> None:
+    def _prepare_successor(self, slot: Slot) -> None:
         """Start the child that will follow one of those that work now."""
-        if self._options.fits_per_process != 1:
+        if self._options.fits_per_process != 1 or (slot.gpus and self._cuda_before_slot):
             return  # kept children: the rare replacement is not worth an idle process
         with self._lock:
-            busy = len(self._live) - len(self._ready)
-            if len(self._ready) < busy and not self._closed:
+            alike = [child for child in self._live.values() if child.env == slot.env]
+            ready = sum(child in self._ready for child in alike)
+            if ready < len(alike) - ready and not self._closed:
                 with contextlib.suppress(PlatformError):  # the next call will say it
-                    self._ready.append(self._start_child())
+                    self._ready.append(self._start_child(slot, prepare_now=True))
 
-    def _start_child(self) -> _Child:
+    def _start_child(self, slot: Slot, *, prepare_now: bool) -> _Child:
         """Ask the fork server for a child; the lock is held."""
+        options = {"env": slot.env, "prepare_now": prepare_now}
         for _ in range(_START_TRIES):
             launcher = self._ensure_launcher()
             ours, theirs = channel.pair()
             self._numbers += 1
-            child = _Child(self._numbers, self._generation, ours)
+            child = _Child(self._numbers, self._generation, ours, slot.env)
             with theirs:
                 try:
-                    launcher.start_child(child.number, theirs)
+                    launcher.start_child(child.number, theirs, options)
                     if self._options.start_method == "spawn":
-                        channel.send(ours, self._options.for_child())
+                        channel.send(ours, {**self._options.for_child(), **options})
                 except ConnectionError:
                     ours.close()
                     self._launcher = None  # it just died: the next try starts another
@@ -401,6 +398,12 @@ class ChildPool:
             del self._live[child.number]
             if child in self._ready:
                 self._ready.remove(child)
+            if message["code"] == EXIT_CUDA_BEFORE_SLOT and not self._cuda_before_slot:
+                self._cuda_before_slot = True
+                logger.warning(
+                    "the app's import uses CUDA: from now on no child is prepared in advance on a"
+                    " GPU, as it would use memory outside of its slot"
+                )
         child.end(message["code"])
 
     def _note_end(self, generation: int) -> None:
@@ -419,7 +422,15 @@ class ChildPool:
             child.end(None)
 
 
-def _check_buffers(buffers: list[int]) -> None:
+def _gone(child: _Child, admitted: dict[str, Any] | None) -> None:
+    """Tell a child that had left by itself, before it saw the call, from one that died."""
+    if child.kept and admitted is None and not child.doomed:
+        child.exited.wait(_EXIT_TIMEOUT_S)
+        if child.exit_code == 0:
+            raise _Left
+
+
+def _check_buffers(buffers: tuple[int, ...]) -> None:
     if len(buffers) > channel.MAX_FDS:
         raise ValueError(f"expected at most {channel.MAX_FDS} buffers, found {len(buffers)}")
     for fd in buffers:

@@ -19,9 +19,9 @@ import pytest
 from entries import SLOT, call, call_for_reply, read, wait_until
 
 from fedhpc.client import ArrayTask
-from fedhpc.errors import FitDied, FitFailed, PlatformError
-from fedhpc.isolation import ChildPool, PoolOptions, Slot, channel, find_slots
-from fedhpc.isolation.processes import DEFAULT_PRELOAD
+from fedhpc.errors import FitDied, FitFailed
+from fedhpc.isolation import ChildPool, Gpu, PoolOptions, Slot, channel
+from fedhpc.isolation.calls import DEFAULT_PRELOAD
 
 HERE = Path(__file__).parent
 METHODS = ["forkserver", "spawn"]
@@ -225,7 +225,7 @@ def test_a_standby_child_is_ready_before_it_is_called(method: str, tmp_path: Pat
     options = light(start_method=method, standby=True, prepare="entries:remember")
     with ChildPool(options) as pool:
         first = call(pool, "pid")
-        assert wait_until(lambda: pool.children() and pool.children() != [first])
+        assert wait_until(lambda: set(pool.children()) - {first})
         (standby,) = [pid for pid in pool.children() if pid != first]
         assert call(pool, "pid") == standby
 
@@ -238,16 +238,20 @@ def test_without_standby_nothing_runs_between_calls() -> None:
 
 @pytest.mark.parametrize("fits", [1, 0])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_environment_of_the_slot_reaches_its_child_only(method: str, fits: int) -> None:
-    slots = [Slot(n, {"PLACE": f"gpu {n}"}) for n in range(2)]
+def test_the_environment_of_the_slot_reaches_its_child_only(
+    method: str, fits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "CUDA_VISIBLE_DEVICES"
+    monkeypatch.delenv(name, raising=False)
+    slots = [Slot(n, (Gpu(f"GPU-{n}"),)) for n in range(2)]
     with ChildPool(light(start_method=method, fits_per_process=fits)) as pool:
-        answers = [call(pool, "environment", "PLACE", slot=slots[n % 2]) for n in range(4)]
-    assert [value for _, value in answers] == ["gpu 0", "gpu 1", "gpu 0", "gpu 1"]
+        answers = [call(pool, "environment", name, slot=slots[n % 2]) for n in range(4)]
+    assert [value for _, value in answers] == ["GPU-0", "GPU-1", "GPU-0", "GPU-1"]
     first = {pid for pid, _ in answers[0::2]}
     second = {pid for pid, _ in answers[1::2]}
     assert not first & second
     assert len(first) == len(second) == (2 if fits == 1 else 1)
-    assert "PLACE" not in os.environ
+    assert name not in os.environ
 
 
 # --- failures and deaths ---
@@ -574,74 +578,3 @@ def test_slots_run_side_by_side() -> None:
         ]
         assert len({answer.result(30) for answer in answers}) == 4
         assert time.monotonic() - began_s < 2.5
-
-
-# --- slots ---
-
-
-def _visible(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", value)
-
-
-def _gpus(slots: list[Slot]) -> list[str]:
-    assert [slot.index for slot in slots] == list(range(len(slots)))
-    return [slot.env["CUDA_VISIBLE_DEVICES"] for slot in slots]
-
-
-@pytest.mark.parametrize(
-    ("cpus", "threads", "expected"), [(8, 1, 8), (8, 2, 4), (7, 2, 3), (1, 4, 1)]
-)
-def test_automatic_slots_on_the_cpu_are_as_many_as_its_threads_allow(
-    cpus: int, threads: int, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _visible(monkeypatch, "")
-    slots = find_slots("auto", "auto", cpus=cpus, threads_per_fit=threads)
-    assert _gpus(slots) == [""] * expected
-
-
-def test_slots_on_the_cpu_are_as_many_as_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    _visible(monkeypatch, "")
-    assert _gpus(find_slots("auto", 3, cpus=1, threads_per_fit=1)) == ["", "", ""]
-
-
-@pytest.mark.parametrize(
-    ("visible", "gpus"),
-    [
-        ("0", ["0"]),
-        ("2,5", ["2", "5"]),
-        (" 0, 1 ", ["0", "1"]),
-        ("GPU-8a5b,GPU-77c1", ["GPU-8a5b", "GPU-77c1"]),
-        ("MIG-GPU-1/3/0", ["MIG-GPU-1/3/0"]),
-        ("", [""]),
-        ("NoDevFiles", [""]),
-        ("-1", [""]),  # the usual way to hide all: CUDA's list ends at the first invalid entry
-        ("3,-1,0", ["3"]),
-    ],
-)
-def test_each_visible_gpu_is_a_slot(
-    visible: str, gpus: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _visible(monkeypatch, visible)
-    assert _gpus(find_slots("auto", "auto", cpus=1, threads_per_fit=1)) == gpus
-
-
-def test_slots_spread_over_the_gpus_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    _visible(monkeypatch, "0,1,2")
-    slots = find_slots("cuda", 2, cpus=1, threads_per_fit=1)
-    assert _gpus(slots) == ["0", "1", "2", "0", "1", "2"]
-
-
-@pytest.mark.parametrize("visible", ["", "NoDevFiles", "-1"])
-def test_a_wanted_gpu_that_is_not_there_is_an_error(
-    visible: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _visible(monkeypatch, visible)
-    with pytest.raises(PlatformError, match="expected a GPU") as caught:
-        find_slots("cuda", "auto", cpus=1, threads_per_fit=1)
-    assert repr(visible) in str(caught.value)
-    assert "Hint:" in str(caught.value)
-
-
-def test_the_cpu_as_device_ignores_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    _visible(monkeypatch, "0,1")
-    assert _gpus(find_slots("cpu", 2, cpus=4, threads_per_fit=1)) == ["", ""]

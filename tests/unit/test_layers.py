@@ -22,7 +22,7 @@ LAYERS = {
         "fedhpc.network",
         "fedhpc.run_state",
     ],
-    "isolation": ["fedhpc.isolation"],
+    "isolation": ["fedhpc.isolation", "fedhpc.allotment"],
     "learning": ["fedhpc.learning"],
     "federation": ["fedhpc.federation"],
     "processes": [

@@ -1,0 +1,272 @@
+"""Who may start on a GPU now: a slot is free, and the memory that the fit needs is too.
+
+All of it happens in the fit's child process, behind the gate of its GPU, so that two runs cannot
+both take the last free memory. What holders of slots were promised and have not used yet counts as
+used.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedhpc.errors import PlatformError
+from fedhpc.isolation.locks import Holder, SlotGroup, SlotLock
+from fedhpc.isolation.nvml import Reading
+
+GB = 1e9
+
+_SLOT_POLL_S = 0.002
+_MEMORY_POLL_S = 0.05
+_TELL_S = 1.0
+
+
+@dataclass(frozen=True)
+class Need:
+    """GPU memory of one fit.
+
+    Attributes
+    ----------
+    total_bytes : int
+        All of it.
+    context_bytes : int
+        Of these, what CUDA takes for itself: a context, loaded kernels, libraries. torch may have
+        the rest.
+    """
+
+    total_bytes: int
+    context_bytes: int = 1_000_000_000
+
+    @property
+    def cap_bytes(self) -> int:
+        """What torch's allocator may hold."""
+        return max(self.total_bytes - self.context_bytes, self.total_bytes // 2)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a fit wants before it starts; travels to its child as JSON.
+
+    Attributes
+    ----------
+    folder, key : str
+        Of the `SlotGroup`.
+    limit : int
+        Slots that this run uses: the first ones.
+    label : str
+        Who it is, for those that wait for it.
+    gpu : bool
+        Whether it is about a GPU, with memory to be shared.
+    need_bytes : int or None
+        GPU memory that it needs; None: not known.
+    alone : bool
+        Whether it wants the GPU for itself. So does a fit whose need is not known.
+    """
+
+    folder: str
+    key: str
+    limit: int
+    label: str
+    gpu: bool = False
+    need_bytes: int | None = None
+    alone: bool = False
+
+
+@dataclass(frozen=True)
+class Admission:
+    """A slot, and what it took to get it.
+
+    Attributes
+    ----------
+    lock : SlotLock
+        Held until the process ends.
+    wait_s : float
+        How long it took.
+    reading : Reading or None
+        The GPU's memory just before.
+    """
+
+    lock: SlotLock
+    wait_s: float
+    reading: Reading | None
+
+
+def admit(
+    request: Request, read_memory: Callable[[], Reading | str | None], tell: Callable[[str], None]
+) -> Admission:
+    """Wait for a slot and memory, and take them. It has no deadline: the child's owner kills it.
+
+    Parameters
+    ----------
+    request : Request
+        What is wanted.
+    read_memory : callable
+        Returns the memory of the GPU; None if that cannot be read at all, and slots must do; text
+        if it cannot be read just now.
+    tell : callable
+        Called with what is waited for, when that changes.
+
+    Raises
+    ------
+    PlatformError
+        If a lock file cannot be used.
+    """
+    start_s = told_s = time.monotonic()
+    group = SlotGroup(Path(request.folder), request.key)
+    gate = group.gate()
+    told, announced = "", False
+    if first := gate.waiting():
+        told = f"{first} is first in the queue"
+        tell(told)
+    with gate:
+        while True:
+            try:
+                lock, reading = _take(request, group, read_memory)
+            except _Wait as wait:
+                if not announced:
+                    gate.announce(request.label)
+                    announced = True
+                if not told or (str(wait) != told and time.monotonic() > told_s + _TELL_S):
+                    told, told_s = str(wait), time.monotonic()
+                    tell(told)
+                time.sleep(wait.pause_s)
+            else:
+                return Admission(lock, time.monotonic() - start_s, reading)
+
+
+def _take(
+    request: Request, group: SlotGroup, read_memory: Callable[[], Reading | str | None]
+) -> tuple[SlotLock, Reading | None]:
+    """Take a slot if there is one, and memory for it; raise `_Wait` if not."""
+    lock = group.take(request.limit)
+    if lock is None:
+        names = ", ".join(map(str, group.holders()[: request.limit]))
+        slots = "the slot" if request.limit == 1 else f"all {request.limit} slots"
+        raise _Wait(f"{slots} of {request.key} held by {names or 'somebody'}", _SLOT_POLL_S)
+    others: list[Holder] = []
+    reading = None
+    try:
+        if request.gpu:
+            others = [holder for holder in group.holders() if holder.slot != lock.index]
+            answer = read_memory()
+            if isinstance(answer, str):
+                raise _Wait(answer, _MEMORY_POLL_S)
+            reading = answer
+            if missing := shortage(request, reading, others):
+                raise _Wait(missing, _MEMORY_POLL_S)
+        lock.write(_as_holder(request, lock.index, reading, others))
+    except BaseException:
+        lock.release()
+        raise
+    return lock, reading
+
+
+class _Wait(Exception):
+    """Not now: look again after a pause."""
+
+    def __init__(self, reason: str, pause_s: float) -> None:
+        super().__init__(reason)
+        self.pause_s = pause_s
+
+
+def shortage(request: Request, reading: Reading | None, others: list[Holder]) -> str:
+    """Return why a fit cannot start next to the other holders, in words; "" if it can.
+
+    Parameters
+    ----------
+    request : Request
+        What the fit wants.
+    reading : Reading or None
+        The memory of its GPU; None if it cannot be read.
+    others : list of Holder
+        Who holds slots of it, in this and other runs.
+    """
+    by = ", ".join(map(str, others))
+    needs_all = request.alone or (reading is not None and request.need_bytes is None)
+    if any(holder.reserved_bytes is None for holder in others):
+        return f"{request.key} is reserved for one fit alone: {by}"
+    if others and needs_all:
+        why = "after it ran out of memory" if request.alone else "as its need is not known yet"
+        return f"wants {request.key} alone {why}, held by {by}"
+    if request.need_bytes is None or reading is None:
+        return ""
+    room = _room(reading, others)
+    if room >= request.need_bytes:
+        return ""
+    return (
+        f"needs {request.need_bytes / GB:.1f} GB of {request.key}, {max(room, 0) / GB:.1f} of"
+        f" {reading.total_bytes / GB:.1f} GB can be had;"
+        f" in use or promised: {_who(reading, others)}"
+    )
+
+
+def _room(reading: Reading, others: list[Holder]) -> int:
+    """Return the bytes that are free and not promised to a holder who has not used them yet."""
+    reserved = sum(holder.reserved_bytes or 0 for holder in others)
+    used = [reading.processes.get(holder.pid) for holder in others]
+    if all(bytes_ is not None for bytes_ in used):
+        unused = (
+            max(0, (holder.reserved_bytes or 0) - (bytes_ or 0))
+            for holder, bytes_ in zip(others, used, strict=True)
+        )
+        return reading.free_bytes - sum(unused)
+    # NVML does not tell who uses what, as in a container: go by what others used before them.
+    return min(reading.free_bytes, reading.total_bytes - _foreign(reading, others) - reserved)
+
+
+def _foreign(reading: Reading, others: list[Holder]) -> int:
+    """Return about how much is in use by others than holders of slots."""
+    reserved = sum(holder.reserved_bytes or 0 for holder in others)
+    return max(0, reading.used_bytes - reserved, *(holder.foreign_bytes for holder in others))
+
+
+def _as_holder(
+    request: Request, slot: int, reading: Reading | None, others: list[Holder]
+) -> Holder:
+    reserved: int | None = 0
+    if request.alone:
+        reserved = None
+    elif reading is not None:
+        reserved = request.need_bytes
+    return Holder(
+        slot=slot,
+        pid=os.getpid(),
+        label=request.label,
+        reserved_bytes=reserved,
+        foreign_bytes=_foreign(reading, others) if reading else 0,
+    )
+
+
+def _who(reading: Reading, others: list[Holder]) -> str:
+    """Return who has how much of a GPU's memory."""
+    parts = []
+    for holder in others:
+        used = reading.processes.get(holder.pid)
+        has = "" if used is None else f", has {used / GB:.1f}"
+        parts.append(f"{holder}: promised {(holder.reserved_bytes or 0) / GB:.1f} GB{has}")
+    known = {holder.pid for holder in others}
+    foreign = {pid: used for pid, used in reading.processes.items() if pid not in known}
+    for pid, used in sorted(foreign.items(), key=lambda item: -(item[1] or 0)):
+        amount = "an unknown amount" if used is None else f"{used / GB:.1f} GB"
+        parts.append(f"pid {pid} of another program: {amount}")
+    told = sum(used or 0 for used in reading.processes.values())
+    if (untold := reading.used_bytes - told) > reading.total_bytes // 50:
+        parts.append(f"{untold / GB:.1f} GB by processes that cannot be seen from here")
+    return "; ".join(parts) or "nobody that can be seen from here"
+
+
+def check_need(need_bytes: int | None, total_bytes: int, gpu: str) -> None:
+    """Refuse a need that no wait can meet.
+
+    Raises
+    ------
+    PlatformError
+        If a fit needs more memory than its GPU has.
+    """
+    if need_bytes is not None and total_bytes and need_bytes > total_bytes:
+        raise PlatformError(
+            f"isolation.gpu_memory_gb: expected at most the {total_bytes / GB:.1f} GB of {gpu},"
+            f" found {need_bytes / GB:.1f}",
+            "lower it, or use a GPU with more memory",
+        )

@@ -1,0 +1,206 @@
+"""What a call to a child is given, and what comes back."""
+
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from fedhpc.isolation import channel
+from fedhpc.isolation.admission import Need, Request
+from fedhpc.isolation.slots import Slot
+
+# Without torch._dynamo each child pays 1.1 s at its first optimizer step.
+DEFAULT_PRELOAD = ("numpy", "torch", "torch._dynamo", "torch.optim")
+
+# How a child ends that has a CUDA context before it has a slot.
+EXIT_CUDA_BEFORE_SLOT = 77
+
+
+@dataclass(frozen=True)
+class PoolOptions:
+    """How children are made.
+
+    Attributes
+    ----------
+    start_method : {"forkserver", "spawn"}
+        Fork from a process that has preloaded the slow modules, or start a new interpreter.
+    fits_per_process : int
+        Calls before a child is replaced; 1: always a fresh one; 0: never replaced. A child that is
+        kept keeps its slot; it leaves when another process waits for that, or after a minute
+        without work.
+    threads_per_fit : int
+        Threads of torch and OpenMP in a child.
+    standby : bool
+        Prepare the next child while its predecessor works.
+    preload : sequence of str
+        Modules to import in the fork server; they must neither touch CUDA nor start threads.
+    prepare : str, optional
+        "module:function", called with ``prepare_arg`` in each child before its first call.
+    prepare_early : bool
+        Call it once in the fork server instead. It must neither touch CUDA nor start threads.
+    huge_pages : bool
+        Spend most of a second at the start of the fork server to make every fork cheaper.
+    host_memory_bytes : int, optional
+        What a fit may use on the host, more than its child has at the start. On the CPU the kernel
+        refuses more (`host_memory.limit_own_data`).
+    """
+
+    start_method: Literal["forkserver", "spawn"] = "forkserver"
+    fits_per_process: int = 1
+    threads_per_fit: int = 1
+    standby: bool = True
+    preload: Sequence[str] = DEFAULT_PRELOAD
+    prepare: str | None = None
+    prepare_arg: str = ""
+    prepare_early: bool = False
+    huge_pages: bool = True
+    host_memory_bytes: int | None = None
+
+    def for_child(self) -> dict[str, Any]:
+        """Return what each child is told."""
+        return {
+            "prepare": self.prepare,
+            "prepare_arg": self.prepare_arg,
+            "fits": self.fits_per_process,
+            "threads": self.threads_per_fit,
+            "refuse": "",
+        }
+
+    def for_fork_server(self) -> dict[str, Any]:
+        """Return what the fork server is told."""
+        spawn = self.start_method == "spawn"
+        return {
+            "preload": [] if spawn else list(self.preload),
+            "spawn": spawn,
+            "huge_pages": self.huge_pages and not spawn,
+            "prepare_early": self.prepare_early and not spawn,
+            "child": self.for_child(),
+        }
+
+    def env(self) -> dict[str, str]:
+        """Return the environment of the fork server and its children."""
+        threads = str(self.threads_per_fit)
+        return {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OPENBLAS_NUM_THREADS": threads,
+            "PYTHONHASHSEED": "0",  # the order of sets is the same in every array task
+            # torch.cuda.is_available() at an app's import then asks NVML and makes no context.
+            "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+        }
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call, and what it may take.
+
+    Attributes
+    ----------
+    entry : str
+        "module:function". It is called with one memoryview a buffer, and returns a sequence of at
+        most 250 buffers, each a sequence of bytes-like parts.
+    buffers : sequence of int
+        Descriptors of at most 250 memfds or files; the caller keeps and closes them.
+    slot : Slot
+        Where it runs. One call at a time in each slot of a pool.
+    timeout_s : float
+        Deadline from the moment that it has its slot. At it the child and all its descendants are
+        killed.
+    slot_timeout_s : float
+        Deadline until it has its slot.
+    tag : str
+        What `ChildPool.cancel` may know the call by.
+    label : str
+        Who it is, for others that wait for its slot.
+    need : Need, optional
+        Of GPU memory; None: not known, then it gets its GPU alone.
+    capped : bool
+        Whether torch is held to the need.
+    on_admitted : callable, optional
+        Called when it has its slot, with the bytes in use on its GPU just before, where known.
+    """
+
+    entry: str
+    buffers: tuple[int, ...]
+    slot: Slot
+    timeout_s: float
+    slot_timeout_s: float
+    tag: str = ""
+    label: str = ""
+    need: Need | None = None
+    capped: bool = True
+    on_admitted: Callable[[int | None], None] | None = None
+
+    def message(self, *, alone: bool, host_bytes: int | None) -> dict[str, Any]:
+        """Return what the child is told."""
+        slot, need = self.slot, self.need
+        request = None
+        if slot.lock_folder is not None:
+            request = asdict(
+                Request(
+                    folder=str(slot.lock_folder),
+                    key=slot.lock_key,
+                    limit=slot.limit,
+                    label=self.label or f"pid {os.getpid()}",
+                    gpu=bool(slot.gpus),
+                    need_bytes=need.total_bytes if need else None,
+                    alone=alone,
+                )
+            )
+        capped = need is not None and self.capped and not alone and bool(slot.gpus)
+        return {
+            "entry": self.entry,
+            "request": request,
+            "cap_bytes": need.cap_bytes if need and capped else None,
+            "host_bytes": host_bytes,
+        }
+
+
+@dataclass
+class Reply:
+    """What a call returned.
+
+    Attributes
+    ----------
+    buffers : list of int
+        Descriptors of memfds, one for each buffer that the function returned. The receiver closes
+        them (`close`).
+    wait_s : float
+        Seconds that it waited for its slot, and for memory.
+    start_s, run_s, return_s : float
+        Seconds from the call until the function was entered (the wait excepted), inside it, and
+        until its reply arrived.
+    peak_rss_mb : float
+        Highest resident memory of the child, shared pages of the fork server included.
+    late_imports : list of str
+        Modules (the first 100) that the child had to import itself, in their order.
+    gpu_before_bytes : int or None
+        What was in use on its GPU, by anybody, when it got its slot.
+    gpu_peak_bytes : int or None
+        The most that it had of its GPU; without its context where NVML does not tell that.
+    gpu_context_bytes : int or None
+        Of these, its context.
+    out_of_memory : bool
+        Whether it ran again, alone on its GPU, as there was not enough memory at first.
+    gone : Event
+        Set when its process is gone; a child that is kept may live on.
+    """
+
+    buffers: list[int]
+    wait_s: float
+    start_s: float
+    run_s: float
+    return_s: float
+    peak_rss_mb: float
+    late_imports: list[str]
+    gpu_before_bytes: int | None = None
+    gpu_peak_bytes: int | None = None
+    gpu_context_bytes: int | None = None
+    out_of_memory: bool = False
+    gone: threading.Event = field(default_factory=threading.Event)
+
+    def close(self) -> None:
+        """Give the memory of the buffers back."""
+        channel.close_all(self.buffers)
+        self.buffers = []

@@ -1,0 +1,88 @@
+"""Memory of processes on the host, and whether the kernel killed one for it."""
+
+import contextlib
+import re
+import resource
+from collections.abc import Iterable
+from pathlib import Path
+
+MB = 1e6
+
+
+def families(heads: Iterable[int]) -> dict[int, list[int]]:
+    """Return for each process itself and all that come from it, as far as they live."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found: dict[int, list[int]] = {}
+    for head in heads:
+        family = found[head] = [head]
+        for pid in family:  # it grows meanwhile
+            family += children.get(pid, [])
+    return found
+
+
+def proportional_bytes(pids: Iterable[int]) -> int:
+    """Return the resident memory of processes; a page that n processes share counts 1/n in each.
+
+    Takes some milliseconds a process that has loaded torch.
+    """
+    total = 0
+    for pid in pids:
+        with contextlib.suppress(OSError):  # it has just ended
+            text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+            if match := re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE):
+                total += 1024 * int(match[1])
+    return total
+
+
+def limit_own_data(more_bytes: int) -> None:
+    """Let this process allocate at most ``more_bytes`` more than it has now.
+
+    The kernel then refuses memory (RLIMIT_DATA), in this process and in each that it starts. Not
+    for processes that use CUDA: it maps far more than it uses.
+    """
+    text = Path("/proc/self/status").read_text()
+    match = re.search(r"^VmData:\s+(\d+) kB", text, re.MULTILINE)
+    now = 1024 * int(match[1]) if match else 0
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limit = now + more_bytes
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def oom_kills() -> tuple[int, int]:
+    """Return how many processes the kernel has killed for want of memory.
+
+    Returns
+    -------
+    in_job : int
+        Within this process's own memory limit (its control group, and so its Slurm job); 0 where
+        the kernel does not tell.
+    on_node : int
+        On the whole machine.
+    """
+    return _in_own_group(), _count(Path("/proc/vmstat"))
+
+
+def _in_own_group() -> int:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            _, controllers, group = line.split(":", 2)
+            if controllers == "memory":  # version 1
+                return _count(Path(f"/sys/fs/cgroup/memory{group}/memory.oom_control"))
+            if not controllers:
+                events = Path(f"/sys/fs/cgroup{group}/memory.events")
+                if events.exists():
+                    return _count(events)
+    return 0
+
+
+def _count(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        if match := re.search(r"^oom_kill (\d+)", path.read_text(), re.MULTILINE):
+            return int(match[1])
+    return 0

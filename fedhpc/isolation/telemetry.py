@@ -1,0 +1,183 @@
+"""Evidence: what fits used, and that it came back. A thread writes samples over time to a file."""
+
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from fedhpc import files
+from fedhpc.errors import PlatformError
+from fedhpc.isolation.host_memory import MB, families, proportional_bytes
+from fedhpc.isolation.nvml import Gpu, Nvml
+from fedhpc.isolation.processes import ChildPool
+
+logger = logging.getLogger(__name__)
+
+INTERVAL_S = 1.0
+_LIMITED_INTERVAL_S = 0.2  # where a child may have to be killed
+_GONE_S = 2.0
+
+
+@dataclass
+class Usage:
+    """One fit, from the moment that it has its slot until its process is gone.
+
+    Attributes
+    ----------
+    about : dict
+        What its line begins with: whose fit it is, and in which slot.
+    gpu : Gpu or None
+        Where it ran.
+    began_s, before_mb : float
+        When it had its slot, and what was in use then.
+    """
+
+    about: dict[str, Any]
+    gpu: Gpu | None
+    began_s: float
+    before_mb: float | None
+
+
+class Sampler:
+    """Writes samples of memory, and a line a fit, to a file.
+
+    Parameters
+    ----------
+    path : Path
+        JSON lines; appended to.
+    pool : ChildPool
+        Whose children are watched.
+    header : dict
+        What the first line says, besides time and GPUs.
+    gpus : sequence of Gpu
+        Which GPUs are watched.
+    nvml : Nvml, optional
+        Where their memory is read.
+    host_limit_bytes : int, optional
+        A child that uses more, with its descendants, is killed.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        pool: ChildPool,
+        header: dict[str, Any],
+        *,
+        gpus: Sequence[Gpu] = (),
+        nvml: Nvml | None = None,
+        host_limit_bytes: int | None = None,
+    ) -> None:
+        self._path = path
+        self._pool = pool
+        self._gpus = [gpu for gpu in gpus if nvml is not None and gpu.total_bytes]
+        self._nvml = nvml
+        self._limit_bytes = host_limit_bytes
+        self._interval_s = INTERVAL_S if host_limit_bytes is None else _LIMITED_INTERVAL_S
+        self._own_mb: float | None = None
+        self._start_s = time.monotonic()
+        self._ended: queue.SimpleQueue[tuple[Usage, threading.Event, dict[str, Any]] | None]
+        self._ended = queue.SimpleQueue()
+        shown = [
+            {"id": gpu.id, "name": gpu.name, "total_mb": round(gpu.total_bytes / MB, 1)}
+            for gpu in gpus
+        ]
+        start = {"kind": "start", "utc": round(time.time(), 3), **header}
+        self._write({**start, "interval_s": self._interval_s, "gpus": shown})
+        self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def began(self, about: dict[str, Any], gpu: Gpu | None, before_bytes: int | None) -> Usage:
+        """Note a fit that begins."""
+        before_mb = None if before_bytes is None else round(before_bytes / MB, 1)
+        return Usage(about, gpu, self._now_s(), before_mb)
+
+    def ended(self, usage: Usage, gone: threading.Event, **more: Any) -> None:
+        """Note that a fit ended; its line is written when its process is ``gone``."""
+        self._ended.put((usage, gone, more))
+
+    def close(self) -> None:
+        """Write what is left and stop."""
+        self._ended.put(None)
+        self._thread.join(2 * _GONE_S)
+
+    def _run(self) -> None:
+        try:
+            next_s = self._start_s
+            while True:
+                try:
+                    item = self._ended.get(timeout=max(0.0, next_s - time.monotonic()))
+                except queue.Empty:
+                    self._measure_own()
+                    self._sample()
+                    next_s = max(next_s + self._interval_s, time.monotonic())
+                    continue
+                if item is None:
+                    self._sample()
+                    return
+                self._finish(*item)
+        except PlatformError as error:
+            logger.warning("no more telemetry: %s", error)
+
+    def _finish(self, usage: Usage, gone: threading.Event, more: dict[str, Any]) -> None:
+        gone.wait(_GONE_S)
+        after = None
+        if usage.gpu is not None:
+            after = self._used_mb(usage.gpu)
+        if not any(self._pool.children().values()):
+            sample = self._sample()
+            if usage.gpu is None:
+                after = sample["children_mb"]
+        times = {"began_s": usage.began_s, "ended_s": self._now_s()}
+        memory = {"before_mb": usage.before_mb, "after_mb": after}
+        self._write({"kind": "fit", **usage.about, **times, **memory, **more})
+
+    def _sample(self) -> dict[str, Any]:
+        children = self._pool.children()
+        total = 0
+        for pid, family in families(children).items():
+            used = proportional_bytes(family)
+            total += used
+            if children[pid] and self._limit_bytes is not None and used > self._limit_bytes:
+                logger.warning("pid %d uses %.1f GB of host memory: killed", pid, used / 1e9)
+                self._pool.kill_for_memory(pid)
+        line = {
+            "kind": "sample",
+            "time_s": self._now_s(),
+            "running": sum(bool(tag) for tag in children.values()),
+            "children": len(children),
+            "own_mb": self._own_mb,
+            "children_mb": round(total / MB, 1),
+            "gpus": {gpu.id: self._used_mb(gpu) for gpu in self._gpus},
+        }
+        self._write(line)
+        return line
+
+    def _measure_own(self) -> None:
+        """Measure this process and the fork server, which takes longer than all the rest."""
+        own = [os.getpid(), *filter(None, [self._pool.fork_server()])]
+        self._own_mb = round(proportional_bytes(own) / MB, 1)
+
+    def _used_mb(self, gpu: Gpu) -> float | None:
+        if self._nvml is None or not gpu.total_bytes:
+            return None
+        try:
+            return round(self._nvml.memory(gpu).used_bytes / MB, 1)
+        except PlatformError:  # lost, or busy: the fits will say
+            return None
+
+    def _now_s(self) -> float:
+        return round(time.monotonic() - self._start_s, 3)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        files.append_line(self._path, line)
