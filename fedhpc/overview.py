@@ -14,7 +14,9 @@ from fedhpc.paths import RunPaths
 
 _MANY = 16  # array tasks; more than these are one row a state
 _MANY_NODES = 3
+_MANY_WAITING = 5
 _FIGURES = ("slots", "running", "done", "failed")
+_KNOWN = ("gpus", *_FIGURES, "waiting")
 _SAY_IT_ALL = ("COMPLETED", "ENDED", "CANCELLED", "FAILED")
 
 
@@ -48,8 +50,8 @@ def as_dict(paths: RunPaths, standing: Standing) -> dict[str, Any]:
         What status.json says, with ``run``, ``run_dir``, ``problem`` (why the jobs are not known,
         or ""), ``eta_s`` (seconds, or None) and ``jobs``. These are by role: ``job_id``; Slurm's
         ``state``, ``reason`` and ``start``, and the ``node``, None where they are not known; of
-        array tasks that have connected also ``gpus``, ``slots``, and the fits ``running``,
-        ``done`` and ``failed``.
+        array tasks that have connected also ``gpus``, ``slots``, the fits ``running``,
+        ``done`` and ``failed``, and what others are ``waiting`` for.
     """
     jobs = {}
     for known in _jobs(standing):
@@ -60,7 +62,7 @@ def as_dict(paths: RunPaths, standing: Standing) -> dict[str, Any]:
             "reason": job and job.reason,
             "start": job and job.start,
             "node": known.node or None,
-            **{name: known.link[name] for name in ("gpus", *_FIGURES) if name in known.link},
+            **{name: known.link[name] for name in _KNOWN if name in known.link},
         }
     return {
         "run": paths.run_id,
@@ -109,6 +111,7 @@ def as_table(paths: RunPaths, standing: Standing) -> RenderableType:
         "metrics": words.summary(status.get("metrics") or {}),
         "ETA": "" if eta is None else words.duration(eta),
         "run folder": str(paths.root),
+        "waiting": "" if standing.ended else _waiting(status),
         "jobs": f"not known: {standing.problem}" if standing.problem else "",
     }
     for name, value in rows.items():
@@ -129,6 +132,18 @@ def _fits(status: dict[str, Any]) -> str:
     text = f"{status.get('verb')}: {status.get('fits_done', 0)} of {status['fits_total']} done"
     failed = status.get("fits_failed")
     return f"{text}, {failed} failed in the run so far" if failed else text
+
+
+def _waiting(status: dict[str, Any]) -> str:
+    """Return what fits wait for that have no slot on their node, with who holds it."""
+    found = status.get("array_tasks")
+    lines = [
+        f"array task {link['array_task']}: {reason}"
+        for link in (found if isinstance(found, list) else [])
+        for reason in link.get("waiting") or []
+    ]
+    more = [f"and {len(lines) - _MANY_WAITING} more"] if len(lines) > _MANY_WAITING else []
+    return "\n".join([*lines[:_MANY_WAITING], *more])
 
 
 def _jobs(standing: Standing) -> list[_Job]:

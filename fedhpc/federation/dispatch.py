@@ -285,7 +285,7 @@ class Dispatch:
             self._actions.append(
                 Fail(
                     message_id,
-                    f"its array task was lost {message.losses} times while it ran; at last"
+                    f"it was lost {message.losses} times with its array task or GPU; at last"
                     f" array task {link.array_task}: {reason}",
                 )
             )

@@ -99,6 +99,13 @@ class Recorder:
             for name in ("slot", "wait_s", "start_s", "run_s", "return_s", "peak_rss_mb"):
                 line[name] = round(getattr(fit, name), 4)
             line["late_imports"] = list(fit.late_imports)
+            if fit.gpu:
+                line["gpu"] = fit.gpu
+            for name in ("gpu_before_mb", "gpu_peak_mb"):
+                if fit.HasField(name):
+                    line[name] = getattr(fit, name)
+            if fit.out_of_memory:
+                line["out_of_memory"] = True
         if response.failure is not None:
             line["reason"] = response.failure.reason
             self.last_failure = f"client {client_id}: {response.failure.reason}"

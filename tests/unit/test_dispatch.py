@@ -253,7 +253,7 @@ def test_a_message_that_is_lost_again_and_again_fails_and_says_why() -> None:
     (failure,) = [action for action in seen if isinstance(action, Fail)]
     assert failure.message_id == "a"
     assert failure.reason == (
-        "its array task was lost 3 times while it ran; at last array task 0: killed by SIGKILL"
+        "it was lost 3 times with its array task or GPU; at last array task 0: killed by SIGKILL"
     )
     assert not dispatch.answered(3, "a")
     dispatch.join(4, 0, 1, [], 0.0)
@@ -382,6 +382,39 @@ def test_a_stall_gives_nobody_more_than_a_whole_timeout_of_patience() -> None:
 
 
 # --- everything at random -------------------------------------------------------------------------
+
+
+def test_more_slots_take_more_messages_and_fewer_take_none_away() -> None:
+    dispatch = connected(1)
+    for message_id in "abcd":
+        dispatch.submit(message_id, 0)
+    assert assigned(dispatch.actions()) == [(1, "a")]
+    dispatch.resize(1, 3)
+    assert assigned(dispatch.actions()) == [(1, "b"), (1, "c")]
+    dispatch.resize(1, 1)
+    dispatch.answered(1, "a")
+    assert dispatch.actions() == []
+    assert dispatch.running_on(1) == 2
+
+
+def test_a_message_that_is_handed_back_goes_to_another_array_task() -> None:
+    dispatch = connected(2)
+    dispatch.submit("a", 0)
+    assert assigned(dispatch.actions()) == [(1, "a")]
+    dispatch.resize(1, 0)
+    dispatch.hand_back(1, "a", "its GPU is lost")
+    assert assigned(dispatch.actions()) == [(2, "a")]
+
+
+def test_a_message_that_nobody_can_run_fails_with_the_last_reason() -> None:
+    dispatch = connected(1)
+    dispatch.submit("a", 0)
+    for _ in range(3):
+        assert assigned(dispatch.actions()) == [(1, "a")]
+        dispatch.hand_back(1, "a", "its GPU is lost")
+    (fail,) = dispatch.actions()
+    assert isinstance(fail, Fail)
+    assert fail.reason.endswith("array task 0: its GPU is lost")
 
 
 class Behaviour(RuleBasedStateMachine):
@@ -544,6 +577,41 @@ class Behaviour(RuleBasedStateMachine):
         self.follow()
         assert link not in self.slots
 
+    @rule(data=st.data(), slots=st.integers(0, 4))
+    @precondition(lambda self: self.slots)
+    def resize(self, data: st.DataObject, slots: int) -> None:
+        """Learn what fits need, or lose a GPU."""
+        link = data.draw(st.sampled_from(sorted(self.slots)))
+        self.slots[link] = slots
+        self.dispatch.resize(link, slots)
+        self.follow()
+
+    @rule(data=st.data())
+    @precondition(lambda self: any(self.has.values()))
+    def hand_back(self, data: st.DataObject) -> None:
+        """Give a message back that cannot run here, and with it the slot it was to run in."""
+        link = data.draw(st.sampled_from(sorted(link for link, has in self.has.items() if has)))
+        message_id = data.draw(st.sampled_from(sorted(self.has[link])))
+        task = self.array_task_of(link)
+        assert task is not None
+        self.slots[link] = max(0, self.slots[link] - 1)
+        self.dispatch.resize(link, self.slots[link])
+        self.has[link].discard(message_id)
+        self.kept[task].discard(message_id)
+        self.losses[message_id] += 1
+        self.dispatch.hand_back(link, message_id, "its GPU is lost")
+        self.follow()
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.submitted and self.next_link > 1)
+    def hand_back_out_of_the_blue(self, data: st.DataObject) -> None:
+        """Give back what was taken away meanwhile, or over a link that is gone."""
+        link = data.draw(st.integers(1, self.next_link - 1))
+        message_id = data.draw(st.sampled_from(sorted(set(self.submitted))))
+        if message_id not in self.has.get(link, set()):
+            self.dispatch.hand_back(link, message_id, "too late")
+            self.follow()
+
     @rule(data=st.data(), twice=st.booleans())
     @precondition(lambda self: any(self.has.values()))
     def answer(self, data: st.DataObject, twice: bool) -> None:
@@ -661,6 +729,10 @@ class Behaviour(RuleBasedStateMachine):
         for task in range(self.ARRAY_TASKS):
             if task not in self.link_of:
                 self.join(task, 1, restarted=True)
+        for link in self.slots:
+            self.slots[link] = max(1, self.slots[link])
+            self.dispatch.resize(link, self.slots[link])
+        self.follow()
         for _ in range(len(self.open)):
             busy = [link for link, has in self.has.items() if has]
             if not busy:

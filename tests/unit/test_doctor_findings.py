@@ -14,6 +14,7 @@ from fedhpc import config
 from fedhpc.cluster import options
 from fedhpc.config import Config
 from fedhpc.doctor import checks, node, pair
+from fedhpc.isolation import Gpu, Slot, locks
 from fedhpc.paths import RunPaths
 
 
@@ -42,23 +43,29 @@ def test_versions_that_differ_are_told(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("visible", "wanted", "device", "status", "said"),
+    ("gpus", "wanted", "device", "status", "said"),
     [
-        ("", 0, "cpu", "pass", "0 asked for, sees none"),
-        ("0,1", 2, "cpu", "warn", "isolation.device is cpu"),
-        ("", 2, "cuda", "fail", "expected a GPU, found none visible"),
-        ("0", 2, "auto", "fail", "2 asked for, sees 0 ->"),
-        ("0,1", 2, "auto", "pass", "2 asked for, sees 0, 1"),
-        ("0,1,2", 2, "auto", "warn", "other jobs may use them too"),
+        (0, 0, "cpu", "pass", "0 asked for, sees none"),
+        (0, 2, "cpu", "warn", "isolation.device is cpu"),
+        (1, 2, "auto", "fail", "2 asked for, sees GPU-0 (a card) ->"),
+        (2, 2, "auto", "pass", "2 asked for, sees GPU-0 (a card), GPU-1 (a card)"),
+        (3, 2, "auto", "warn", "other jobs may use them too"),
     ],
 )
 def test_gpus_that_are_seen_are_compared_with_those_asked_for(
     monkeypatch: pytest.MonkeyPatch,
-    visible: str, wanted: int, device: str, status: str, said: str,
+    gpus: int, wanted: int, device: str, status: str, said: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     monkeypatch.setenv("SLURM_JOB_ID", "4711")
-    expect(status, said, checks.gpus, wanted, device)
+    isolation = parse(isolation={"device": device}).isolation
+    slots = [Slot(index, (Gpu(f"GPU-{index}", "a card", 10**9),)) for index in range(gpus)]
+    expect(status, said, checks.gpus, wanted, isolation, slots)
+
+
+def test_a_gpu_whose_memory_cannot_be_read_is_a_warning() -> None:
+    isolation = parse().isolation
+    said = "slots alone decide which fits may start -> is nvidia-ml-py installed"
+    expect("warn", said, checks.gpus, 1, isolation, [Slot(0, (Gpu("0"),))])
 
 
 def test_too_few_cores_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,18 +96,23 @@ def test_an_app_that_a_node_does_not_see_is_told(tmp_path: Path) -> None:
         expect(status, server, checks.app, parse(app=app))
 
 
-def test_locks_that_do_not_hold_on_a_node_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = checks.lock_folders()
-    others = {folder: [0, 0] for folder in mine}
-    expect("pass", "shared with the other job", checks.locks, mine)
-    expect("warn", "not the one of the other job here", checks.locks, others)
-    monkeypatch.setattr(checks, "mount_of", lambda _folder: ("xfs", "/4711"))
-    expect("warn", "perhaps for this job alone, as it is /4711", checks.locks, None)
-    monkeypatch.setattr(checks, "mount_of", lambda _folder: ("nfs4", "/"))
-    expect("fail", "not of this node alone", checks.locks, None)
-    monkeypatch.setattr(checks, "mount_of", lambda _folder: ("ext4", "/"))
+def test_locks_that_do_not_hold_on_a_node_are_told(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    isolation = parse(isolation={"lock_dir": str(tmp_path / "locks")}).isolation
+    mine = checks.lock_folder(isolation)
+    expect("pass", "shared with the other job", checks.locks, isolation, mine)
+    expect("pass", "for all jobs of this node", checks.locks, isolation, None)
+    expect("warn", "not the one of the other job here", checks.locks, isolation, "0:0")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+    monkeypatch.setattr(locks, "mount_of", lambda *_: ("xfs", "/4711"))
+    expect("warn", "for this job alone (/4711 of its disk)", checks.locks, isolation, None)
+    monkeypatch.setattr(locks, "mount_of", lambda *_: ("nfs4", "/"))
+    expect("fail", "on a network disk (nfs4)", checks.locks, isolation, None)
+    monkeypatch.setattr(locks, "mount_of", lambda *_: ("ext4", "/"))
     monkeypatch.setattr(fcntl, "flock", lambda _file, _how: None)
-    expect("fail", "a lock that was held could be taken again", checks.locks, mine)
+    expect("fail", "a lock in", checks.locks, isolation, mine)
+    assert list((tmp_path / "locks").iterdir()) == []
 
 
 def test_the_mount_of_a_folder_is_the_deepest_above_it() -> None:
@@ -108,8 +120,11 @@ def test_the_mount_of_a_folder_is_the_deepest_above_it() -> None:
         "22 1 259:1 / / rw,relatime shared:1 - ext4 /dev/root rw\n"
         "41 22 259:3 /4711/.4711 /tmp rw,relatime - xfs /dev/nvme0n1p1 rw\n"
     )
-    assert checks.mount_of(Path("/tmp/mine"), mounts) == ("xfs", "/4711/.4711")
-    assert checks.mount_of(Path("/tmpfoo"), mounts) == ("ext4", "/")
+    assert locks.mount_of(Path("/tmp/mine"), mounts) == ("xfs", "/4711/.4711")
+    assert locks.mount_of(Path("/tmpfoo"), mounts) == ("ext4", "/")
+    assert locks.private_to_job(Path("/tmp/mine"), "4711_3", mounts) == "/4711/.4711"
+    assert locks.private_to_job(Path("/tmp/mine"), "471", mounts) == ""
+    assert locks.private_to_job(Path("/var/tmp"), "4711", mounts) == ""
 
 
 def test_a_node_without_slurms_commands_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,8 @@ LAYERS = {
         "fedhpc.network",
         "fedhpc.run_state",
     ],
-    "isolation": ["fedhpc.isolation", "fedhpc.allotment"],
+    "isolation": ["fedhpc.isolation"],
+    "allotment": ["fedhpc.allotment"],
     "learning": ["fedhpc.learning"],
     "federation": ["fedhpc.federation"],
     "processes": [
@@ -62,6 +63,7 @@ OUTSIDE = {
     "base": set(),
     "facts": {"pydantic", "yaml"},
     "isolation": {"torch", "pynvml"},
+    "allotment": set(),
     "learning": {"torch", "torchvision", "flwr_datasets", "datasets", "sklearn", "numpy", "PIL"},
     "federation": {"flwr", "grpc", "numpy", "torch", "google", "cryptography"},
     "processes": {"submitit"},

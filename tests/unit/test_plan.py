@@ -111,8 +111,8 @@ def test_a_submission_to_slurm_still_needs_it() -> None:
     [
         (
             ["cluster.array_tasks=4", "cluster.max_parallel=2", "cluster.gpus_per_task=2",
-             "isolation.slots=3", "federation.num_clients=48", "federation.clients_per_round=25",
-             "federation.num_rounds=7"],
+             "isolation.slots_per_gpu=3", "federation.num_clients=48",
+             "federation.clients_per_round=25", "federation.num_rounds=7"],
             {"jobs": "1 server job, 1 client array of 4 array tasks, 2 at a time",
              "GPUs": "2 an array task, 4 at a time",
              "slots": "6 an array task, 12 at a time",
