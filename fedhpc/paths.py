@@ -108,6 +108,11 @@ class RunPaths:
         return self.root / "fits.jsonl"
 
     @property
+    def memory(self) -> Path:
+        """Memory over time, one file an array task."""
+        return self.root / "memory"
+
+    @property
     def errors(self) -> Path:
         """One file a failure."""
         return self.root / "errors"
@@ -131,6 +136,20 @@ class RunPaths:
     def model(self) -> Path:
         """The final global model."""
         return self.root / "model.safetensors"
+
+    @property
+    def report(self) -> Path:
+        """The page of the run, with its figures in it."""
+        return self.root / "report.html"
+
+    @property
+    def figures(self) -> Path:
+        """The figures of the page, one file each."""
+        return self.root / "figures"
+
+    def memory_of(self, array_task: int) -> Path:
+        """Return the file of what an array task saw of its memory."""
+        return self.memory / f"{array_task}.jsonl"
 
     def process(self, role: str) -> Path:
         """Pid, start time and host of the process that plays ``role``."""
