@@ -52,9 +52,9 @@ def main(
 
     paths = commandline.open_or_newest(run_dir, runs_dir)
     other = None if beside is None else open_run_folder(beside)
-    place = RunPaths(_folder(paths, out))
     found = summary.collect(paths)
     pair = [] if other is None else _comparable([found, summary.collect(other)])
+    place = RunPaths(_folder(paths, out))
     pictures = _write(found, pair, place)
     if as_json:
         written = {"report": str(place.report), "figures": [str(path) for path in pictures]}
@@ -150,7 +150,8 @@ def _memory_words(drawn: "Sequence[Track]") -> str:
 
     return (
         f"{figures.what_is_drawn(drawn)}. Below each curve the fits that had ended, a row a slot."
-        " Dots: the moments when nothing ran. Times of several hosts are by their own clocks."
+        " Dots: the moments when nothing ran; idle says how much was in use at the first of them"
+        " after a fit, and at the last. Times of several hosts are by their own clocks."
     )
 
 

@@ -27,10 +27,10 @@ _MARKS = ("o", "s", "^", "D", "v", "P")
 
 _DPI = 150
 _BUCKETS = 1000  # about the pixels of a panel's width
-_MANY = 1500  # shapes in a figure from which on the svg holds them as an image
+_MANY = 800  # shapes in a figure from which on the svg holds them as an image
 _GAP_INTERVALS, _GAP_S = 10, 5.0  # without a sample for longer than both, the line is broken
 _WIDTH, _LEFT, _RIGHT = 9.0, 0.95, 0.25  # inches, as are all below
-_TOP, _TITLE, _BETWEEN, _BOTTOM = 0.78, 0.36, 0.06, 0.5
+_TOP, _TITLE, _BETWEEN, _BOTTOM = 0.5, 0.36, 0.06, 0.5
 _MEMORY_HEIGHT = 1.35
 
 
@@ -54,7 +54,7 @@ def chosen(found: Sequence[Track]) -> list[Track]:
 def what_is_drawn(found: Sequence[Track]) -> str:
     """Return what the memory of these tracks is, as a heading."""
     if all(track.kind == "gpu" for track in found):
-        return "GPU memory in use, as the driver counts it: whoever uses it"
+        return "GPU memory in use on the device (NVML), that of other users included"
     if all(track.kind == "children" and track.card == "cpu" for track in found):
         return CPU_RUN[0].upper() + CPU_RUN[1:]
     return "Memory in use: of the GPU where there is one, else of the children (PSS)"
@@ -109,7 +109,7 @@ def beside(summaries: Sequence[Summary]) -> Figure:
     fits_height = max(_fits_height(track) for track in found)
     height = _TOP + _TITLE + 0.15 + 2 * _MEMORY_HEIGHT + _BETWEEN + fits_height + _BOTTOM
     figure = Figure(figsize=(_WIDTH, height))
-    gap = 0.3
+    gap = 0.65  # for the names of the slots
     width = (_WIDTH - _LEFT - _RIGHT - gap * (len(found) - 1)) / len(found)
     span_s = max(
         _end_s(track) - summary.start_s for track, summary in zip(found, summaries, strict=True)
@@ -123,7 +123,8 @@ def beside(summaries: Sequence[Summary]) -> Figure:
         axes = _add_panel(figure, left, _BOTTOM, width, fits_height, 2 * _MEMORY_HEIGHT)
         _draw(*axes, track, summary.start_s, span_s)
         axes[0].set_ylim(0, top_mb or 1.0)
-        axes[0].set_title(names[index], loc="left", fontsize=10, fontweight="bold", pad=18)
+        size = 10 if len(names[index]) <= 36 else 8
+        axes[0].set_title(names[index], loc="left", fontsize=size, fontweight="bold", pad=18)
         axes[0].text(
             0, 1.03, _idle_words(track), transform=axes[0].transAxes, fontsize=8, color=_GREY
         )
@@ -150,14 +151,17 @@ def learning(curves: dict[str, dict[str, list[tuple[int, float]]]]) -> Figure | 
         return None
     width = 0.5 + 4.25 * len(curves)
     figure = Figure(figsize=(width, 3.0))
+    everybody = list(dict.fromkeys(who for series in curves.values() for who in series))
+    palette = (_MEMORY, _IDLE, *_MORE_COLOURS)
     for index, (name, series) in enumerate(curves.items()):
         left = (0.75 + index * 4.25) / width
         axes = figure.add_axes((left, 0.165, 3.5 / width, 0.72))
-        for number, (who, points) in enumerate(series.items()):
+        for who, points in series.items():
+            number = everybody.index(who)  # the same colour in all panels
             rounds, values = zip(*points, strict=True)
             axes.plot(
                 rounds, values, label=who, linewidth=1.6, markersize=4, zorder=3,
-                color=(_MEMORY, _IDLE, *_MORE_COLOURS)[number % 5],
+                color=palette[number % len(palette)],
                 marker=_MARKS[number % len(_MARKS)], markevery=max(1, len(points) // 20),
             )  # fmt: skip
         if name == "accuracy" and all(0 <= y <= 1 for line in series.values() for _, y in line):
@@ -192,8 +196,13 @@ def _draw(above: Axes, below: Axes, track: Track, start_s: float, span_s: float)
         for times_s, mb in _unbroken(piece):
             kept = tracks.thin(times_s, mb, _BUCKETS)
             x, y = (times_s[kept] - start_s) / scale, mb[kept]
-            above.fill_between(x, y, color=_MEMORY, alpha=0.18, linewidth=0)
-            above.plot(x, y, color=_MEMORY, linewidth=0.9, marker="." if len(x) == 1 else "")
+            above.fill_between(
+                x, y, color=_MEMORY, alpha=0.18, linewidth=0, rasterized=len(x) >= _MANY
+            )
+            above.plot(
+                x, y, color=_MEMORY, linewidth=0.9 if len(x) < _BUCKETS else 0.5,
+                marker="." if len(x) == 1 else "", rasterized=len(x) >= _MANY,
+            )  # fmt: skip
     moments = tracks.idle_moments(track)
     kept = tracks.thin(moments.times_s, moments.mb, 60)
     above.plot(
@@ -337,7 +346,10 @@ def _idle_words(track: Track) -> str:
         return "there was no idle moment"
     text = tables.slope(row)
     growth = text if text == tables.NOT_ENOUGH else f"{text} MB per 100 fits"
-    return f"idle: {row['idle_mb']:,.1f} MB, {growth}"
+    first, last = row["idle_after_first_mb"], row["idle_after_last_mb"]
+    if first is None or last is None:
+        return f"idle: {row['idle_mb']:,.1f} MB ({growth})"
+    return f"idle: {first:,.1f} → {last:,.1f} MB ({growth})"
 
 
 def _unit(span_s: float) -> tuple[float, str]:

@@ -28,7 +28,7 @@ pre { white-space: pre-wrap; overflow-wrap: anywhere; }
 _MEMORY_WORDS = (
     "MB are millions of bytes. Peak: the highest sample. Largest fit: the highest peak of a single"
     " fit, by its own account. Idle: the moments when no fit ran; each counts once, the column is"
-    " their median. After first fit, after last fit: the first idle moment after them. MB per 100"
+    " their median. Idle after first, after last fit: the first idle moment after it. MB per 100"
     " fits: how the idle memory grew with the fits that had run, by least squares over all idle"
     " moments after the first fit; 0 means that fits give back what they take."
 )

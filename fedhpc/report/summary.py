@@ -123,7 +123,7 @@ def collect(paths: RunPaths) -> Summary:
     seen = evidence.read(paths)
     found = tracks.build(seen)
     fits = [line for line in files.read_lines(paths.fits) if isinstance(line, dict)]
-    notes = [f"its jobs: {standing.problem}"] if standing.problem else []
+    notes = [f"jobs: {standing.problem}"] if standing.problem else []
     if not paths.memory.is_dir():
         notes.append(
             f"there is no {paths.memory.name}/ in the run folder, so memory over time is not known"

@@ -16,8 +16,8 @@ Table = tuple[list[str], list[list[str]]]
 def memory_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return heads and rows of the table of memory, as text."""
     heads = ["GPU or array task", "card", "fits", "failed", "peak, MB", "largest fit, MB",
-             "idle, MB", "before first fit", "after first fit", "after last fit",
-             "MB per 100 fits"]  # fmt: skip
+             "idle, MB", "idle before first fit", "idle after first fit", "idle after last fit",
+             "idle, MB per 100 fits"]  # fmt: skip
     names = ("peak_mb", "fit_peak_mb", "idle_mb", "idle_before_mb", "idle_after_first_mb",
              "idle_after_last_mb")  # fmt: skip
     return heads, [
