@@ -192,11 +192,13 @@ def _print(found: "Summary", written: Sequence[Path]) -> None:
             facts.add_row(name, value)
     console = commandline.console()
     console.print(facts)
-    if found.rows:
-        _print_table(console, tables.memory_table(found.rows))
-        _print_table(console, tables.seconds_table(found.rows))
-    if found.failures:
-        _print_table(console, tables.failure_table(found.failures))
+    for table in (
+        tables.memory_table(found.rows),
+        tables.seconds_table(found.rows),
+        tables.failure_table(found.failures),
+    ):
+        if table[1]:
+            _print_table(console, table)
     console.print()
     for path in written:
         if path.suffix != ".svg":

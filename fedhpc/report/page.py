@@ -62,11 +62,15 @@ def build(summary: Summary, figures: Sequence[tuple[str, bytes, str]], left_out:
         parts += [f"<h2>{escape(heading)}</h2>", _figure(png, shown)]
         if left_out and heading == "Memory":
             parts.append(f'<p class="quiet">{escape(left_out)}</p>')
-    if summary.rows:
+    in_numbers = tables.memory_table(summary.rows)
+    if in_numbers[1]:
         parts += [
             "<h2>Memory in numbers</h2>",
-            _table(tables.memory_table(summary.rows), {0, 1}),
+            _table(in_numbers, {0, 1}),
             f'<p class="quiet">{escape(_MEMORY_WORDS)}</p>',
+        ]
+    if summary.rows:
+        parts += [
             "<h2>Seconds of a fit</h2>",
             _table(tables.seconds_table(summary.rows), {0}),
             f'<p class="quiet">{escape(_SECONDS_WORDS)}</p>',

@@ -14,7 +14,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def memory_table(rows: Sequence[dict[str, Any]]) -> Table:
-    """Return heads and rows of the table of memory, as text."""
+    """Return heads and rows of the table of memory, as text; no rows if nothing is known of it."""
     heads = ["GPU or array task", "card", "fits", "failed", "peak, MB", "largest fit, MB",
              "idle, MB", "idle before first fit", "idle after first fit", "idle after last fit",
              "idle, MB per 100 fits"]  # fmt: skip
@@ -30,14 +30,22 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> Table:
             slope(row) if row["kind"] != "unknown" else _UNKNOWN,
         ]
         for row in rows
+        if any(other["kind"] != "unknown" for other in rows)
     ]
 
 
 def seconds_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return heads and rows of the table of seconds, as text."""
-    heads = ["GPU or array task", "fit, s", "wait, s", "start, s", "run, s", "return, s"]
+    heads = ["GPU or array task", "fits", "failed",
+             "fit, s", "wait, s", "start, s", "run, s", "return, s"]  # fmt: skip
     return heads, [
-        [row["name"], *(_number(row[name], ".3f") for name in ("fit_s", *SECONDS))] for row in rows
+        [
+            row["name"],
+            str(row["fits"]),
+            str(row["failed"]),
+            *(_number(row[name], ".3f") for name in ("fit_s", *SECONDS)),
+        ]
+        for row in rows
     ]
 
 

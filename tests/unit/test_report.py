@@ -392,7 +392,10 @@ def test_an_old_run_folder_has_a_report_of_the_rest(empty: RunPaths) -> None:
     first, second = known["memory"]
     assert (first["name"], first["failed"], first["peak_mb"]) == ("array task 0 on n1", 1, None)
     assert (second["fit_s"], second["run_s"]) == (pytest.approx(2.06), 2.0)
-    assert "there is no memory/" in empty.report.read_text()
+    html = empty.report.read_text()
+    assert "there is no memory/" in html
+    assert "Memory in numbers" not in html
+    assert "Seconds of a fit" in html
 
 
 def test_a_run_without_anything_has_a_page(runs: Path) -> None:
