@@ -11,6 +11,7 @@ _COMMANDS = {
     "status": "Show how a run stands: its jobs, rounds, fits and metrics.",
     "list": "List the runs of a folder, the newest first.",
     "logs": "Print or follow the log of the server or of an array task.",
+    "report": "Draw the memory of a run over time, and write its page.",
     "cancel": "End every job of a run.",
     "clean": "Free what ended runs have left behind on the disk.",
     "data": "Download and pack a data set for the built-in app.",

@@ -58,8 +58,8 @@ def main(
 ) -> None:
     """Free what ended runs have left: blobs, submitit's pickles, checkpoints but the newest, keys.
 
-    Configs, metrics, fits, errors, logs and models stay, unless --whole is given. Without RUN_DIR
-    it is all ended runs in --runs-dir. It shows what would go, and asks.
+    Configs, metrics, fits, memory, errors, logs, models and reports stay, unless --whole is given.
+    Without RUN_DIR it is all ended runs in --runs-dir. It shows what would go, and asks.
     """
     if whole and not run_dirs and older_than is None:
         raise ConfigError(

@@ -142,8 +142,18 @@ class RunPaths:
         """The final global model."""
         return self.root / "model.safetensors"
 
+    @property
+    def report(self) -> Path:
+        """The page of the run, with its figures in it."""
+        return self.root / "report.html"
+
+    @property
+    def figures(self) -> Path:
+        """The figures of the page, one file each."""
+        return self.root / "figures"
+
     def memory_of(self, array_task: int) -> Path:
-        """Return the samples of one array task."""
+        """Return the file of what an array task saw of its memory."""
         return self.memory / f"{array_task}.jsonl"
 
     def process(self, role: str) -> Path:

@@ -14,13 +14,13 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 import fedhpc.list
-from fedhpc import cancel, clean, cluster, config, files, logs, run_state, status, words
+from fedhpc import cancel, clean, cluster, config, files, logs, report, run_state, status, words
 from fedhpc.cluster import submission
 from fedhpc.cluster.submission import Submission
 from fedhpc.paths import RunPaths, create_run_folder, is_run_folder, run_folders
 
-COMMANDS = ["submit", "status", "list", "logs", "cancel", "clean", "data", "doctor"]
-HEAVY = {"torch", "torchvision", "flwr", "grpc", "submitit"}
+COMMANDS = ["submit", "status", "list", "logs", "report", "cancel", "clean", "data", "doctor"]
+HEAVY = {"torch", "torchvision", "flwr", "grpc", "submitit", "matplotlib"}
 
 
 def call(app: typer.Typer, *arguments: object, answer: str | None = None) -> Result:
@@ -105,7 +105,7 @@ def test_the_help_of_a_command_imports_nothing_heavy(name: str) -> None:
     assert imported & HEAVY == set()
 
 
-@pytest.mark.parametrize("name", ["status", "list", "logs", "cancel", "clean"])
+@pytest.mark.parametrize("name", ["status", "list", "logs", "report", "cancel", "clean"])
 def test_a_command_is_a_module_too(name: str) -> None:
     done = fedhpc_(f"fedhpc.{name}", "--help")
     assert done.returncode == 0
@@ -118,7 +118,7 @@ def test_a_mistyped_command_is_told_what_was_meant() -> None:
     assert "status" in done.stderr
 
 
-@pytest.mark.parametrize("app", [status.app, logs.app, cancel.app, clean.app])
+@pytest.mark.parametrize("app", [status.app, logs.app, report.app, cancel.app, clean.app])
 def test_a_folder_that_is_no_run_folder_is_an_error_with_its_code(
     app: typer.Typer, tmp_path: Path
 ) -> None:
@@ -377,7 +377,7 @@ def test_cancel_does_not_pretend_for_processes_of_another_machine(
 
 KEPT = ["config.yaml", "metrics.jsonl", "fits.jsonl", "model.safetensors", "errors/one.txt",
         "jobs/10_0_log.err", "jobs/submission.json", "checkpoints/round-00002/arrays",
-        "status.json"]  # fmt: skip
+        "status.json", "memory/0.jsonl", "report.html", "figures/memory.png"]  # fmt: skip
 FREED = ["blobs/aa.safetensors", "jobs/10_submitted.pkl", "jobs/10_0_result.pkl",
          "secrets/ca.pem", "checkpoints/round-00001/arrays"]  # fmt: skip
 

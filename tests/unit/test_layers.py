@@ -210,7 +210,7 @@ def test_only_compat_imports_what_flower_keeps_internal(module: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["fedhpc.submit", "fedhpc.doctor", "fedhpc.config", "fedhpc.paths"]
+    "module", ["fedhpc.submit", "fedhpc.doctor", "fedhpc.report", "fedhpc.config", "fedhpc.paths"]
 )
 def test_what_answers_at_once_imports_nothing_heavy_at_the_top(module: str) -> None:
     seen: set[str] = set()
@@ -225,7 +225,7 @@ def test_what_answers_at_once_imports_nothing_heavy_at_the_top(module: str) -> N
                 todo += [alias.name for alias in node.names]
             elif isinstance(node, ast.ImportFrom) and node.module:
                 todo += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        heavy = {"torch", "flwr", "grpc", "numpy", "submitit"}
+        heavy = {"torch", "flwr", "grpc", "numpy", "submitit", "matplotlib"}
         assert heavy & {name.partition(".")[0] for name in todo} == set(), current
 
 
