@@ -199,7 +199,6 @@ def create_run_folder(runs_dir: Path, name: str) -> RunPaths:
             paths.jobs.mkdir()
             paths.errors.mkdir()
             paths.blobs.mkdir()
-            paths.memory.mkdir()
         except FileExistsError:
             continue
         except OSError as error:

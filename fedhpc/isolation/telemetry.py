@@ -49,7 +49,7 @@ class Sampler:
     Parameters
     ----------
     path : Path
-        JSON lines; appended to.
+        JSON lines; appended to. Its folder is made.
     pool : ChildPool
         Whose children are watched.
     header : dict
@@ -82,6 +82,7 @@ class Sampler:
         self._start_s = time.monotonic()
         self._ended: queue.SimpleQueue[tuple[Usage, threading.Event, dict[str, Any]] | None]
         self._ended = queue.SimpleQueue()
+        path.parent.mkdir(exist_ok=True)
         shown = [
             {"id": gpu.id, "name": gpu.name, "total_mb": round(gpu.total_bytes / MB, 1)}
             for gpu in gpus
