@@ -261,8 +261,7 @@ class Fits:
             }
             usages.append(self._sampler.began(about, gpu, before_bytes))
 
-        gone = threading.Event()
-        gone.set()
+        gone: threading.Event | None = None
         more: dict[str, object] = {"ok": False}
         fds = self._open_inputs(work)
         try:

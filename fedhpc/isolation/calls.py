@@ -3,7 +3,7 @@
 import os
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fedhpc.isolation import channel
@@ -183,8 +183,8 @@ class Reply:
         Of these, its context.
     out_of_memory : bool
         Whether it ran again, alone on its GPU, as there was not enough memory at first.
-    gone : Event
-        Set when its process is gone; a child that is kept may live on.
+    gone : Event or None
+        Set when its process is gone; None: the process is kept.
     """
 
     buffers: list[int]
@@ -198,7 +198,7 @@ class Reply:
     gpu_peak_bytes: int | None = None
     gpu_context_bytes: int | None = None
     out_of_memory: bool = False
-    gone: threading.Event = field(default_factory=threading.Event)
+    gone: threading.Event | None = None
 
     def close(self) -> None:
         """Give the memory of the buffers back."""

@@ -18,7 +18,8 @@ from fedhpc.isolation.processes import ChildPool
 
 logger = logging.getLogger(__name__)
 
-INTERVAL_S = 1.0
+INTERVAL_S = 0.5
+_OWN_INTERVAL_S = 5.0
 _LIMITED_INTERVAL_S = 0.2  # where a child may have to be killed
 _GONE_S = 2.0
 
@@ -41,6 +42,9 @@ class Usage:
     gpu: Gpu | None
     began_s: float
     before_mb: float | None
+
+
+_Ended = tuple[Usage, threading.Event | None, dict[str, Any]]
 
 
 class Sampler:
@@ -79,8 +83,9 @@ class Sampler:
         self._limit_bytes = host_limit_bytes
         self._interval_s = INTERVAL_S if host_limit_bytes is None else _LIMITED_INTERVAL_S
         self._own_mb: float | None = None
+        self._own_next_s = 0.0
         self._start_s = time.monotonic()
-        self._ended: queue.SimpleQueue[tuple[Usage, threading.Event, dict[str, Any]] | None]
+        self._ended: queue.SimpleQueue[_Ended | None]
         self._ended = queue.SimpleQueue()
         path.parent.mkdir(exist_ok=True)
         shown = [
@@ -103,8 +108,8 @@ class Sampler:
         before_mb = None if before_bytes is None else round(before_bytes / MB, 1)
         return Usage(about, gpu, self._now_s(), before_mb)
 
-    def ended(self, usage: Usage, gone: threading.Event, **more: Any) -> None:
-        """Note that a fit ended; its line is written when its process is ``gone``."""
+    def ended(self, usage: Usage, gone: threading.Event | None, **more: Any) -> None:
+        """Note that a fit ended; its line is written when its process is ``gone``, if it goes."""
         self._ended.put((usage, gone, more))
 
     def close(self) -> None:
@@ -130,8 +135,9 @@ class Sampler:
         except PlatformError as error:
             logger.warning("no more telemetry: %s", error)
 
-    def _finish(self, usage: Usage, gone: threading.Event, more: dict[str, Any]) -> None:
-        gone.wait(_GONE_S)
+    def _finish(self, usage: Usage, gone: threading.Event | None, more: dict[str, Any]) -> None:
+        if gone is not None:
+            gone.wait(_GONE_S)
         after = None
         if usage.gpu is not None:
             after = self._used_mb(usage.gpu)
@@ -165,7 +171,10 @@ class Sampler:
         return line
 
     def _measure_own(self) -> None:
-        """Measure this process and the fork server, which takes longer than all the rest."""
+        """Measure this process and the fork server, now and then: it takes long, they are steady."""
+        if time.monotonic() < self._own_next_s:
+            return
+        self._own_next_s = time.monotonic() + _OWN_INTERVAL_S
         own = [os.getpid(), *filter(None, [self._pool.fork_server()])]
         self._own_mb = round(proportional_bytes(own) / MB, 1)
 

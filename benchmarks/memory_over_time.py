@@ -1,0 +1,88 @@
+"""Memory over time with and without isolation: python benchmarks/memory_over_time.py [--data ZIP].
+
+The same federation twice: as fedhpc runs it, a fresh process for every fit; and with a process for
+each client that is kept, which is what plain Flower clients are. Prints what was in use, and draws
+both beside each other with `fedhpc.report`. Without a GPU it is the resident memory of the clients'
+processes (proportional set size, so that pages they share count once); with GPUs, the device's.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+CONFIG = Path(__file__).parents[1] / "configs" / "cifar.yaml"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", help="zip or folder of CIFAR-10 images; default: torchvision's")
+    parser.add_argument("--clients", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--figure", help="where to put the figure, a .png")
+    options = parser.parse_args()
+    sets = [
+        f"federation.num_clients={options.clients}",
+        f"federation.num_rounds={options.rounds}",
+        "federation.evaluate_every=1000000",
+        f"training.epochs={options.epochs}",
+    ]
+    if options.data:
+        sets += ["data.name=image_folder", f"data.source={Path(options.data).resolve()}"]
+    kept = [
+        "isolation.fits_per_process=0",
+        f"isolation.slots={options.clients}",
+        f"isolation.slots_per_gpu={options.clients}",
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        fresh_run = federate(folder, ["name=a_process_per_fit", "isolation.slots=2", *sets])
+        kept_run = federate(folder, ["name=a_process_per_client_kept", *kept, *sets])
+        for run in (fresh_run, kept_run):
+            found = json.loads(report(str(run), "--json"))
+            for line in found["memory"]:
+                print(
+                    f"{found['name']}, {line['name']} ({line['card']}): {line['fits']} fits,"
+                    f" peak {line['peak_mb']:.0f} MB; with nothing running"
+                    f" {line['idle_after_first_mb']:.0f} MB after the first fits,"
+                    f" {line['idle_after_last_mb']:.0f} MB after the last,"
+                    f" {line['slope_mb_per_100_fits']:+.1f} MB per 100 fits"
+                )
+        if options.figure:
+            report(str(fresh_run), "--beside", str(kept_run))
+            shutil.copy(fresh_run / "figures" / "beside.png", options.figure)
+
+
+def federate(folder: str, sets: list[str]) -> Path:
+    """Run a federation and return its folder."""
+    command = [
+        sys.executable,
+        "-m",
+        "fedhpc.submit",
+        str(CONFIG),
+        "--executor",
+        "local",
+        "--follow",
+    ]
+    for value in [*sets, f"cluster.runs_dir={folder}"]:
+        command += ["--set", value]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    return max(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime)
+
+
+def report(*arguments: str) -> str:
+    """Call fedhpc.report and return what it prints."""
+    command = [sys.executable, "-m", "fedhpc.report", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    return done.stdout
+
+
+if __name__ == "__main__":
+    main()
