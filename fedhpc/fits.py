@@ -95,7 +95,9 @@ class Fits:
         self._incoming: dict[str, int] = {}
         self._link: LinkClient | None = None
         self._slots = list(slots)
-        self._need: Need | None = None  # the highest known of any kind of fit
+        given = settings.isolation.gpu_memory_gb
+        self._given = None if given is None else Need(int(1e9 * given))
+        self._need = self._given  # the highest known of any kind of fit
         for slot in slots:
             threading.Thread(
                 target=self._work_in, args=(slot,), name=f"slot-{slot.index}", daemon=True
@@ -246,7 +248,7 @@ class Fits:
 
     def _try(self, work: grid_pb2.Work, slot: Slot, wait_s: float) -> _Result:
         parts = message_ids.read(work.message_id)
-        kind, need, capped = self._need_of(parts.verb, slot)
+        kind = self._kind_of(parts.verb)
         usages: list[Usage] = []
         gpu = slot.gpus[0] if slot.gpus else None
 
@@ -273,8 +275,9 @@ class Fits:
                 slot_timeout_s=self._config.isolation.slot_timeout_s,
                 tag=work.message_id,
                 label=f"{self._paths.run_id}, {parts.verb} of client {parts.client_id}",
-                need=need,
-                capped=capped,
+                need=self._given or (lambda: self._peaks.need(kind)),
+                # A fit without neighbours may use more than those before it did.
+                capped=self._given is not None or slot.limit > 1,
                 on_admitted=begin,
             )
             gone = reply.gone
@@ -295,20 +298,18 @@ class Fits:
         message.fit.CopyFrom(_as_message(reply, slot, wait_s))
         return _Result(message, reply.buffers[1:])
 
-    def _need_of(self, verb: str, slot: Slot) -> tuple[str, Need | None, bool]:
-        """Return the kind of a fit, the GPU memory that it needs, and if it is held to that."""
+    def _kind_of(self, verb: str) -> str:
+        """Return the kind of a fit: those alike need about the same GPU memory."""
         app = self._config.app
         if app.is_builtin:
             batch: object = self._config.training.batch_size
         else:
             batch = app.run_config.get("batch-size", "of the app")
-        kind = f"{app.client or app.dir or 'built-in'}: {verb}, batch size {batch}"
-        if self._config.isolation.gpu_memory_gb is not None:
-            return kind, Need(int(1e9 * self._config.isolation.gpu_memory_gb)), True
-        # A fit without neighbours may use more than those before it did.
-        return kind, self._peaks.need(kind) if slot.gpus else None, slot.limit > 1
+        return f"{app.client or app.dir or 'built-in'}: {verb}, batch size {batch}"
 
     def _learn(self, kind: str, peak_bytes: int, context_bytes: int | None) -> None:
+        if self._given is not None:
+            return
         with contextlib.suppress(PlatformError):  # the next fit learns it
             self._peaks.note(kind, peak_bytes, context_bytes)
         need = self._peaks.need(kind)

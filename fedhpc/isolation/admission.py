@@ -8,7 +8,7 @@ used.
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fedhpc.errors import PlatformError
@@ -33,10 +33,14 @@ class Need:
     context_bytes : int
         Of these, what CUDA takes for itself: a context, loaded kernels, libraries. torch may have
         the rest.
+    least_bytes : int, optional
+        What is enough where it has no neighbours: a margin must not keep a fit off a GPU that it
+        fills. None: ``total_bytes``.
     """
 
     total_bytes: int
     context_bytes: int = 1_000_000_000
+    least_bytes: int | None = None
 
     @property
     def cap_bytes(self) -> int:
@@ -60,6 +64,8 @@ class Request:
         Whether it is about a GPU, with memory to be shared.
     need_bytes : int or None
         GPU memory that it needs; None: not known.
+    least_bytes : int or None
+        GPU memory that is enough where it has no neighbours; None: ``need_bytes``.
     alone : bool
         Whether it wants the GPU for itself. So does a fit whose need is not known.
     """
@@ -70,6 +76,7 @@ class Request:
     label: str
     gpu: bool = False
     need_bytes: int | None = None
+    least_bytes: int | None = None
     alone: bool = False
 
 
@@ -83,27 +90,43 @@ class Admission:
         Held until the process ends.
     wait_s : float
         How long it took.
-    reading : Reading or None
-        The GPU's memory just before.
+    terms : Terms
+        The terms that it was admitted on.
     """
 
     lock: SlotLock
     wait_s: float
-    reading: Reading | None
+    terms: "Terms"
 
 
-def admit(
-    request: Request, read_memory: Callable[[], Reading | str | None], tell: Callable[[str], None]
-) -> Admission:
+@dataclass(frozen=True)
+class Terms:
+    """What the array task knows of a GPU and a fit at one moment; both may change while it waits.
+
+    Attributes
+    ----------
+    reading : Reading, str or None
+        The memory of the GPU; text: why it cannot be read just now; None: it cannot be read at
+        all, and slots must do.
+    need_bytes, least_bytes, cap_bytes : int or None
+        As in `Request` and `Need`.
+    """
+
+    reading: Reading | str | None = None
+    need_bytes: int | None = None
+    least_bytes: int | None = None
+    cap_bytes: int | None = None
+
+
+def admit(request: Request, ask: Callable[[], Terms], tell: Callable[[str], None]) -> Admission:
     """Wait for a slot and memory, and take them. It has no deadline: the child's owner kills it.
 
     Parameters
     ----------
     request : Request
         What is wanted.
-    read_memory : callable
-        Returns the memory of the GPU; None if that cannot be read at all, and slots must do; text
-        if it cannot be read just now.
+    ask : callable
+        Returns the terms of this moment; called if it is about a GPU.
     tell : callable
         Called with what is waited for, when that changes.
 
@@ -122,7 +145,7 @@ def admit(
     with gate:
         while True:
             try:
-                lock, reading = _take(request, group, read_memory)
+                lock, terms = _take(request, group, ask)
             except _Wait as wait:
                 if not announced:
                     gate.announce(request.label)
@@ -132,12 +155,10 @@ def admit(
                     tell(told)
                 time.sleep(wait.pause_s)
             else:
-                return Admission(lock, time.monotonic() - start_s, reading)
+                return Admission(lock, time.monotonic() - start_s, terms)
 
 
-def _take(
-    request: Request, group: SlotGroup, read_memory: Callable[[], Reading | str | None]
-) -> tuple[SlotLock, Reading | None]:
+def _take(request: Request, group: SlotGroup, ask: Callable[[], Terms]) -> tuple[SlotLock, Terms]:
     """Take a slot if there is one, and memory for it; raise `_Wait` if not."""
     lock = group.take(request.limit)
     if lock is None:
@@ -145,21 +166,22 @@ def _take(
         slots = "the slot" if request.limit == 1 else f"all {request.limit} slots"
         raise _Wait(f"{slots} of {request.key} held by {names or 'somebody'}", _SLOT_POLL_S)
     others: list[Holder] = []
-    reading = None
+    reading, terms = None, Terms()
     try:
         if request.gpu:
             others = [holder for holder in group.holders() if holder.slot != lock.index]
-            answer = read_memory()
-            if isinstance(answer, str):
-                raise _Wait(answer, _MEMORY_POLL_S)
-            reading = answer
+            terms = ask()
+            request = replace(request, need_bytes=terms.need_bytes, least_bytes=terms.least_bytes)
+            if isinstance(terms.reading, str):
+                raise _Wait(terms.reading, _MEMORY_POLL_S)
+            reading = terms.reading
             if missing := shortage(request, reading, others):
                 raise _Wait(missing, _MEMORY_POLL_S)
         lock.write(_as_holder(request, lock.index, reading, others))
     except BaseException:
         lock.release()
         raise
-    return lock, reading
+    return lock, terms
 
 
 class _Wait(Exception):
@@ -191,11 +213,14 @@ def shortage(request: Request, reading: Reading | None, others: list[Holder]) ->
         return f"wants {request.key} alone {why}, held by {by}"
     if request.need_bytes is None or reading is None:
         return ""
+    need = request.need_bytes
+    if not others and request.least_bytes is not None:
+        need = request.least_bytes
     room = _room(reading, others)
-    if room >= request.need_bytes:
+    if room >= need:
         return ""
     return (
-        f"needs {request.need_bytes / GB:.1f} GB of {request.key}, {max(room, 0) / GB:.1f} of"
+        f"needs {need / GB:.1f} GB of {request.key}, {max(room, 0) / GB:.1f} of"
         f" {reading.total_bytes / GB:.1f} GB can be had;"
         f" in use or promised: {_who(reading, others)}"
     )
@@ -256,7 +281,7 @@ def _who(reading: Reading, others: list[Holder]) -> str:
     return "; ".join(parts) or "nobody that can be seen from here"
 
 
-def check_need(need_bytes: int | None, total_bytes: int, gpu: str) -> None:
+def check_need(need: Need | None, total_bytes: int, gpu: str) -> None:
     """Refuse a need that no wait can meet.
 
     Raises
@@ -264,7 +289,10 @@ def check_need(need_bytes: int | None, total_bytes: int, gpu: str) -> None:
     PlatformError
         If a fit needs more memory than its GPU has.
     """
-    if need_bytes is not None and total_bytes and need_bytes > total_bytes:
+    if need is None or not total_bytes:
+        return
+    need_bytes = need.total_bytes if need.least_bytes is None else need.least_bytes
+    if need_bytes > total_bytes:
         raise PlatformError(
             f"isolation.gpu_memory_gb: expected at most the {total_bytes / GB:.1f} GB of {gpu},"
             f" found {need_bytes / GB:.1f}",

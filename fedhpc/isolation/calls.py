@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from fedhpc.isolation import channel
-from fedhpc.isolation.admission import Need, Request
+from fedhpc.isolation.admission import Need, Request, Terms
+from fedhpc.isolation.nvml import Reading
 from fedhpc.isolation.slots import Slot
 
 # Without torch._dynamo each child pays 1.1 s at its first optimizer step.
@@ -113,8 +114,9 @@ class Call:
         What `ChildPool.cancel` may know the call by.
     label : str
         Who it is, for others that wait for its slot.
-    need : Need, optional
-        Of GPU memory; None: not known, then it gets its GPU alone.
+    need : callable
+        Returns what it needs of GPU memory, as far as is known now; None: nothing is, then it gets
+        its GPU alone.
     capped : bool
         Whether torch is held to the need.
     on_admitted : callable, optional
@@ -128,14 +130,13 @@ class Call:
     slot_timeout_s: float
     tag: str = ""
     label: str = ""
-    need: Need | None = None
+    need: Callable[[], Need | None] = lambda: None
     capped: bool = True
     on_admitted: Callable[[int | None], None] | None = None
 
     def message(self, *, alone: bool, host_bytes: int | None) -> dict[str, Any]:
         """Return what the child is told."""
-        slot, need = self.slot, self.need
-        request = None
+        slot, request = self.slot, None
         if slot.lock_folder is not None:
             request = asdict(
                 Request(
@@ -144,17 +145,18 @@ class Call:
                     limit=slot.limit,
                     label=self.label or f"pid {os.getpid()}",
                     gpu=bool(slot.gpus),
-                    need_bytes=need.total_bytes if need else None,
                     alone=alone,
                 )
             )
-        capped = need is not None and self.capped and not alone and bool(slot.gpus)
-        return {
-            "entry": self.entry,
-            "request": request,
-            "cap_bytes": need.cap_bytes if need and capped else None,
-            "host_bytes": host_bytes,
-        }
+        return {"entry": self.entry, "request": request, "host_bytes": host_bytes}
+
+    def terms(self, reading: Reading | str | None, *, alone: bool) -> dict[str, Any]:
+        """Return what the child is told when it asks for its `admission.Terms`."""
+        terms, need = Terms(reading), self.need()
+        if need is not None:
+            cap = need.cap_bytes if self.capped and not alone else None
+            terms = Terms(reading, need.total_bytes, need.least_bytes, cap)
+        return asdict(terms)
 
 
 @dataclass

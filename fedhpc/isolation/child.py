@@ -178,13 +178,14 @@ class Child:
         wait_s, before = 0.0, None
         if call["request"] is not None and self._slot is None:
             request = admission.Request(**call["request"])
-            self._slot = admission.admit(request, self._read_memory, self._tell_waiting)
+            self._slot = admission.admit(request, self._ask, self._tell_waiting)
             self._group = SlotGroup(Path(request.folder), request.key)
             wait_s = self._slot.wait_s
-            if self._slot.reading is not None:
-                before = self._slot.reading.used_bytes
-            if call["cap_bytes"]:
-                cuda.cap(call["cap_bytes"])
+            terms = self._slot.terms
+            if isinstance(terms.reading, Reading):
+                before = terms.reading.used_bytes
+            if terms.cap_bytes:
+                cuda.cap(terms.cap_bytes)
         if call["host_bytes"] and self._done == 1 and not self._has_gpu:
             host_memory.limit_own_data(call["host_bytes"])
         lock = None if self._slot is None else self._slot.lock.index
@@ -200,7 +201,7 @@ class Child:
             return {}
         context = None
         with contextlib.suppress(ConnectionError):
-            reading = self._read_memory()
+            reading = self._ask().reading
             used = reading.processes.get(os.getpid()) if isinstance(reading, Reading) else None
             if used:
                 context = max(0, used - now)
@@ -214,17 +215,17 @@ class Child:
     def _tell_waiting(self, reason: str) -> None:
         self._tell({"event": "waiting", "reason": reason})
 
-    def _read_memory(self) -> Reading | str | None:
-        """Ask the pool, which has NVML open, for the memory of this child's GPU."""
-        self._tell({"event": "memory"})
+    def _ask(self) -> admission.Terms:
+        """Ask the pool, which has NVML open, for the memory of this child's GPU, and its share."""
+        self._tell({"event": "terms?"})
         received = channel.receive(self._sock)
         if received is None:
             raise ConnectionResetError("the pool is gone")
-        answer: Any = received[0]["memory"]
-        if not isinstance(answer, dict):
-            return answer  # type: ignore[no-any-return]
-        processes = {int(pid): used for pid, used in answer["processes"].items()}
-        return Reading(answer["total_bytes"], answer["free_bytes"], processes)
+        terms, reading = received[0], received[0]["reading"]
+        if isinstance(reading, dict):
+            processes = {int(pid): used for pid, used in reading["processes"].items()}
+            terms["reading"] = Reading(reading["total_bytes"], reading["free_bytes"], processes)
+        return admission.Terms(**terms)
 
 
 def _imported_since(count: int) -> list[str]:

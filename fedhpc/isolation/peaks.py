@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import threading
+import time
 from pathlib import Path
 
 from fedhpc import files
@@ -11,6 +12,7 @@ from fedhpc.isolation.admission import Need
 
 _MARGIN = 1.1
 _MORE_BYTES = 256_000_000
+_FRESH_S = 1.0  # fits that wait ask often, and the folder may be on a network disk
 
 
 class Peaks:
@@ -27,9 +29,10 @@ class Peaks:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._lock = threading.Lock()
+        self._known: dict[str, tuple[float, int, int]] = {}  # when it was read, and what
 
     def need(self, kind: str) -> Need | None:
-        """Return what a fit of a kind needs: the highest peak so far and a tenth; None: no idea.
+        """Return what a fit of a kind needs: the highest peak so far and more; None: no idea.
 
         Parameters
         ----------
@@ -40,15 +43,16 @@ class Peaks:
         if not peak:
             return None
         total = int(_MARGIN * peak) + _MORE_BYTES
-        return Need(total, context) if context else Need(total)
+        if context:
+            return Need(total, context, least_bytes=peak)
+        usual = Need(0).context_bytes
+        return Need(total + usual, usual, least_bytes=peak)
 
     def note(self, kind: str, peak_bytes: int, context_bytes: int | None) -> None:
-        """Note what a fit used: all of it, and of this its context, if that is known.
+        """Note what a fit used: all of it, and of this its context.
 
-        Without that the peak is torch's alone, and a usual context is added.
+        Where that is not known, the peak is torch's alone, and `need` adds a usual context.
         """
-        if context_bytes is None:
-            peak_bytes += Need(0).context_bytes
         with self._lock:
             peak, context = self._read(kind)
             if peak_bytes <= peak:
@@ -60,12 +64,17 @@ class Peaks:
             }
             self._folder.mkdir(parents=True, exist_ok=True)
             files.write_atomic(self._file(kind), json.dumps(record))
+            self._known.pop(kind, None)
 
     def _read(self, kind: str) -> tuple[int, int]:
+        read_s, peak, context = self._known.get(kind, (-_FRESH_S, 0, 0))
+        if time.monotonic() < read_s + _FRESH_S:
+            return peak, context
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             record = json.loads(self._file(kind).read_text())
-            return int(record["peak_bytes"]), int(record["context_bytes"])
-        return 0, 0
+            peak, context = int(record["peak_bytes"]), int(record["context_bytes"])
+        self._known[kind] = time.monotonic(), peak, context
+        return peak, context
 
     def _file(self, kind: str) -> Path:
         return self._folder / f"{hashlib.sha256(kind.encode()).hexdigest()[:16]}.json"

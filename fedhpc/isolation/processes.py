@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -21,7 +21,7 @@ from fedhpc.isolation import channel, failures, host_memory
 from fedhpc.isolation.admission import Need, check_need
 from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT, Call, PoolOptions, Reply
 from fedhpc.isolation.launcher import Launcher
-from fedhpc.isolation.nvml import Nvml
+from fedhpc.isolation.nvml import Nvml, Reading
 from fedhpc.isolation.slots import Slot
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ class ChildPool:
         slot_timeout_s: float | None = None,
         tag: str = "",
         label: str = "",
-        need: Need | None = None,
+        need: Need | Callable[[], Need | None] | None = None,
         capped: bool = True,
         on_admitted: Callable[[int | None], None] | None = None,
     ) -> Reply:
@@ -128,8 +128,8 @@ class ChildPool:
         Parameters
         ----------
         entry, buffers, slot, timeout_s, slot_timeout_s, tag, label, need, capped, on_admitted
-            See `Call`. Without ``slot_timeout_s``, ``timeout_s`` holds until the slot, and again
-            from there.
+            See `Call`; ``need`` may also be one that does not change. Without ``slot_timeout_s``,
+            ``timeout_s`` holds until the slot, and again from there.
 
         Raises
         ------
@@ -146,12 +146,13 @@ class ChildPool:
             If the pool is closed, or no child could be started.
         """
         limit_s = timeout_s if slot_timeout_s is None else slot_timeout_s
+        needs = need if callable(need) else lambda: need
         call = Call(
-            entry, tuple(buffers), slot, timeout_s, limit_s, tag, label, need, capped, on_admitted
+            entry, tuple(buffers), slot, timeout_s, limit_s, tag, label, needs, capped, on_admitted
         )
         _check_buffers(call.buffers)
         for gpu in slot.gpus:
-            check_need(need.total_bytes if need else None, gpu.total_bytes, gpu.id)
+            check_need(needs(), gpu.total_bytes, gpu.id)
         try:
             return self._run(call, alone=False)
         except FitOutOfMemory as error:
@@ -263,8 +264,9 @@ class ChildPool:
                     return None
                 answer, fds = received
                 match answer.get("event"):
-                    case "memory":
-                        channel.send(child.sock, {"memory": self._read_memory(call.slot)})
+                    case "terms?":
+                        reading = self._read_memory(call.slot)
+                        channel.send(child.sock, call.terms(reading, alone=alone))
                     case "waiting":
                         child.waits_for = answer["reason"]
                         logger.info("%s waits: %s", call.label or call.entry, answer["reason"])
@@ -289,12 +291,12 @@ class ChildPool:
                 return None
             raise PlatformError(f"the channel to a child failed: {error.strerror}") from error
 
-    def _read_memory(self, slot: Slot) -> dict[str, Any] | str | None:
+    def _read_memory(self, slot: Slot) -> Reading | str | None:
         """Return the memory of a slot's GPU, or why it cannot be told now; None: not at all."""
         if self._nvml is None or not slot.gpus or not slot.gpus[0].total_bytes:
             return None
         try:
-            return asdict(self._nvml.memory(slot.gpus[0]))
+            return self._nvml.memory(slot.gpus[0])
         except GpuLost:
             raise
         except PlatformError as error:

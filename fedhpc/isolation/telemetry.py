@@ -171,7 +171,7 @@ class Sampler:
         return line
 
     def _measure_own(self) -> None:
-        """Measure this process and the fork server, now and then: it takes long, they are steady."""
+        """Measure this process and the fork server: seldom, they are large and steady."""
         if time.monotonic() < self._own_next_s:
             return
         self._own_next_s = time.monotonic() + _OWN_INTERVAL_S
