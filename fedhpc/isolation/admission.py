@@ -19,7 +19,8 @@ GB = 1e9
 
 _SLOT_POLL_S = 0.002
 _MEMORY_POLL_S = 0.05
-_TELL_S = 1.0
+_TELL_FIRST_S = 0.2  # most waits are for the end of a fit that is about to end
+_TELL_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,11 @@ class Request:
     least_bytes: int | None = None
     alone: bool = False
 
+    @property
+    def place(self) -> str:
+        """What is shared, in words."""
+        return self.key if self.gpu else "these cores"
+
 
 @dataclass(frozen=True)
 class Admission:
@@ -135,7 +141,8 @@ def admit(request: Request, ask: Callable[[], Terms], tell: Callable[[str], None
     PlatformError
         If a lock file cannot be used.
     """
-    start_s = told_s = time.monotonic()
+    start_s = time.monotonic()
+    tell_s = start_s + _TELL_FIRST_S
     group = SlotGroup(Path(request.folder), request.key)
     gate = group.gate()
     told, announced = "", False
@@ -150,8 +157,8 @@ def admit(request: Request, ask: Callable[[], Terms], tell: Callable[[str], None
                 if not announced:
                     gate.announce(request.label)
                     announced = True
-                if not told or (str(wait) != told and time.monotonic() > told_s + _TELL_S):
-                    told, told_s = str(wait), time.monotonic()
+                if str(wait) != told and time.monotonic() > tell_s:
+                    told, tell_s = str(wait), time.monotonic() + _TELL_AGAIN_S
                     tell(told)
                 time.sleep(wait.pause_s)
             else:
@@ -164,7 +171,7 @@ def _take(request: Request, group: SlotGroup, ask: Callable[[], Terms]) -> tuple
     if lock is None:
         names = ", ".join(map(str, group.holders()[: request.limit]))
         slots = "the slot" if request.limit == 1 else f"all {request.limit} slots"
-        raise _Wait(f"{slots} of {request.key} held by {names or 'somebody'}", _SLOT_POLL_S)
+        raise _Wait(f"{slots} of {request.place} held by {names or 'somebody'}", _SLOT_POLL_S)
     others: list[Holder] = []
     reading, terms = None, Terms()
     try:
@@ -207,10 +214,10 @@ def shortage(request: Request, reading: Reading | None, others: list[Holder]) ->
     by = ", ".join(map(str, others))
     needs_all = request.alone or (reading is not None and request.need_bytes is None)
     if any(holder.reserved_bytes is None for holder in others):
-        return f"{request.key} is reserved for one fit alone: {by}"
+        return f"{request.place} is reserved for one fit alone: {by}"
     if others and needs_all:
         why = "after it ran out of memory" if request.alone else "as its need is not known yet"
-        return f"wants {request.key} alone {why}, held by {by}"
+        return f"wants {request.place} alone {why}, held by {by}"
     if request.need_bytes is None or reading is None:
         return ""
     need = request.need_bytes
@@ -220,7 +227,7 @@ def shortage(request: Request, reading: Reading | None, others: list[Holder]) ->
     if room >= need:
         return ""
     return (
-        f"needs {need / GB:.1f} GB of {request.key}, {max(room, 0) / GB:.1f} of"
+        f"needs {need / GB:.1f} GB of {request.place}, {max(room, 0) / GB:.1f} of"
         f" {reading.total_bytes / GB:.1f} GB can be had;"
         f" in use or promised: {_who(reading, others)}"
     )
