@@ -308,6 +308,8 @@ class ChildPool:
                 "the child closed its channel and lived on; it was killed",
                 "does the app close descriptors that are not its own?",
             )
+        if child.doomed and not child.over_memory:
+            return failures.cancelled()
         limit = self._options.host_memory_bytes if child.over_memory else None
         return failures.died(child.exit_code, oom_kills, limit)
 
