@@ -110,10 +110,24 @@ def too_late(call: Call, waits_for: str, *, admitted: bool) -> FitDied | SlotTim
     )
 
 
-def raised(reply: dict[str, Any]) -> FitFailed:
-    """Return the error for a call whose function raised."""
+def raised(reply: dict[str, Any], memory_limit_bytes: int | None) -> FitFailed:
+    """Return the error for a call whose function raised.
+
+    Parameters
+    ----------
+    reply : dict
+        Of its child.
+    memory_limit_bytes : int or None
+        What it might use on the host.
+    """
     if not reply.get("out_of_memory"):
-        return FitFailed(reply["error"], reply["traceback"])
+        hint = None
+        if memory_limit_bytes is not None and reply.get("refused_memory"):
+            hint = (
+                f"it may use {memory_limit_bytes / 1e9:g} GB of host memory: raise"
+                " isolation.host_memory_gb, or lower the batch size"
+            )
+        return FitFailed(reply["error"], reply["traceback"], hint)
     error = FitOutOfMemory(
         reply["error"],
         reply["traceback"],

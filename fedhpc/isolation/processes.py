@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -230,7 +231,7 @@ class ChildPool:
                 child.kept = True
                 self._kept[call.slot.index] = child
         if "error" in reply:
-            raise failures.raised(reply)
+            raise failures.raised(reply, self._options.host_memory_bytes)
         peak, context = reply.get("gpu_peak_bytes"), reply.get("gpu_context_bytes")
         return Reply(
             buffers=fds,
@@ -301,7 +302,8 @@ class ChildPool:
             return error.message
 
     def _death(self, child: _Child, oom_kills: tuple[int, int]) -> FitDied:
-        if not child.exited.wait(1.0):
+        told = child.exited.wait(1.0)
+        if not told and not (_has_ended(child.pid) and child.exited.wait(_EXIT_TIMEOUT_S)):
             self._ask_to_kill(child)
             child.exited.wait(_EXIT_TIMEOUT_S)
             return FitDied(
@@ -430,6 +432,16 @@ def _gone(child: _Child, admitted: dict[str, Any] | None) -> None:
         child.exited.wait(_EXIT_TIMEOUT_S)
         if child.exit_code == 0:
             raise _Left
+
+
+def _has_ended(pid: int | None) -> bool:
+    """Return whether a child has ended, though its fork server has not told yet."""
+    if pid is None:
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def _check_buffers(buffers: tuple[int, ...]) -> None:
