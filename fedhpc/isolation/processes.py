@@ -209,8 +209,6 @@ class ChildPool:
         while True:
             child = self._take(call.slot, call.tag)
             try:
-                if self._options.standby:
-                    self._prepare_successor(call.slot)
                 received = self._exchange(child, call, alone=alone)
                 break
             except _Left:
@@ -272,6 +270,8 @@ class ChildPool:
                     case "admitted":
                         admitted, child.waits_for = answer, ""
                         deadline_s = time.monotonic() + call.timeout_s
+                        if self._options.standby:  # not sooner: the fork takes a core
+                            self._prepare_successor(call.slot)
                         if call.on_admitted is not None:
                             call.on_admitted(answer["gpu_before_bytes"])
                     case _:
