@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedhpc.errors import FedHPCError
 from fedhpc.isolation import admission, channel, cuda, host_memory
 from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT
 from fedhpc.isolation.locks import SlotGroup
@@ -250,11 +251,13 @@ def prepare(options: dict[str, Any]) -> None:
 
 
 def _describe(error: BaseException) -> dict[str, Any]:
+    """Return an exception as a reply."""
     text = "".join(traceback.format_exception(error))
     message = "".join(traceback.format_exception_only(error)).strip()
     return {
         "error": _clip(message, _MAX_ERROR),
         "traceback": _clip(text, _MAX_TRACEBACK),
+        "own": [error.message, error.hint] if isinstance(error, FedHPCError) else None,
         "out_of_memory": cuda.is_out_of_memory(error),
     }
 

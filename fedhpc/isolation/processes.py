@@ -275,7 +275,8 @@ class ChildPool:
                         if call.on_admitted is not None:
                             call.on_admitted(answer["gpu_before_bytes"])
                     case _:
-                        assert admitted is not None  # noqa: S101  (the child tells it first)
+                        if admitted is None:  # its slot's lock could not be used
+                            raise PlatformError(*(answer["own"] or [answer["error"]]))
                         return answer, fds, admitted
         except ConnectionError:
             _gone(child, admitted)
