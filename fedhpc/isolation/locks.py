@@ -179,7 +179,7 @@ class SlotGroup:
         self._key = key
 
     def holders(self) -> list[Holder]:
-        """Return who holds slots now, this process's own excepted."""
+        """Return who holds slots now, this process included."""
         found = []
         for path in self._slots():
             fd = _open_file(path)

@@ -1,5 +1,6 @@
 """A whole federation while its processes are killed at random moments."""
 
+import contextlib
 import os
 import random
 import signal
@@ -80,24 +81,25 @@ class Killer:
 
     def _plan(self) -> Iterator[str]:
         while True:
-            kinds = ["child"] * 9 + ["fork server"] * 2 + ["array task"]
+            kinds = ["child"] * 8 + ["fork server"] + ["array task"]
             self._draws.shuffle(kinds)
             yield from kinds
 
     def _kill(self, kind: str) -> None:
-        index = self._draws.randrange(ARRAY_TASKS)
-        array_task = (read_json(self._paths.process(f"client-{index}")) or {}).get("pid")
-        fork_server = _fork_server(array_task)
-        children = _children(fork_server) if fork_server else []
-        pid = {"array task": array_task, "fork server": fork_server}.get(kind)
-        if kind == "child":
-            pid = self._draws.choice(children) if children else None
-        if not pid or not fork_server:  # it has just been killed
+        for index in self._draws.sample(range(ARRAY_TASKS), ARRAY_TASKS):
+            array_task = (read_json(self._paths.process(f"client-{index}")) or {}).get("pid")
+            fork_server = _fork_server(array_task)
+            children = _children(fork_server) if fork_server else []
+            if not children:  # it was killed lately
+                continue
+            pid = {"array task": array_task, "fork server": fork_server}.get(kind)
+            pid = pid or self._draws.choice(children)
+            with contextlib.suppress(ProcessLookupError):  # a child that has just ended
+                os.kill(pid, signal.SIGKILL)
+                self.kills[kind] += 1
+            if kind == "array task":
+                self._restart(index, pid)
             return
-        os.kill(pid, signal.SIGKILL)
-        self.kills[kind] += 1
-        if kind == "array task":
-            self._restart(index, pid)
 
     def _restart(self, index: int, dead: int) -> None:
         eventually(lambda: not _alive(dead), 10)
