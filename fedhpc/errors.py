@@ -101,6 +101,18 @@ class FitDied(RunError):
     """A child ended without a reply: killed by a signal, exited, or past its deadline."""
 
 
+class FitKilled(FitDied):
+    """Somebody else killed a child (SIGKILL): the same call may work again.
+
+    Attributes
+    ----------
+    for_memory : bool
+        Whether it was the kernel, for want of memory: then it may well happen again.
+    """
+
+    for_memory = False
+
+
 class ForkServerDied(FitDied):
     """The fork server ended and took the child with it: the same call may work again."""
 

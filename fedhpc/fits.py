@@ -15,6 +15,7 @@ from fedhpc.config import Config
 from fedhpc.errors import (
     FedHPCError,
     FitFailed,
+    FitKilled,
     FitOutOfMemory,
     ForkServerDied,
     GpuLost,
@@ -30,7 +31,8 @@ from fedhpc.paths import RunPaths
 logger = logging.getLogger(__name__)
 
 FIT = "fedhpc.federation.fit"
-_TRIES = 3  # of a fit whose fork server died
+_TRIES = 3  # of a fit whose child or fork server was killed
+_TRIES_WITHOUT_MEMORY = 2  # of one that the kernel killed for want of memory
 _MB = 1e6
 
 
@@ -227,16 +229,22 @@ class Fits:
     # --- one fit ---
 
     def _run(self, work: grid_pb2.Work, slot: Slot, wait_s: float) -> _Result:
-        """Run a fit; what goes wrong is a result too, unless the fit can run elsewhere."""
-        for tries_left in reversed(range(_TRIES)):
+        """Run a fit; what goes wrong is a result too, unless the fit can run again or elsewhere."""
+        tries_left = _TRIES
+        while True:
+            tries_left -= 1
             try:
                 return self._try(work, slot, wait_s)
             except GpuLost:
                 raise
             except FitFailed as error:
                 return _failure(work, slot, str(error), error.traceback, raised=True)
-            except ForkServerDied as error:
-                if not tries_left:
+            except (ForkServerDied, FitKilled) as error:
+                if isinstance(error, FitKilled) and error.for_memory:
+                    tries_left = min(tries_left, _TRIES_WITHOUT_MEMORY - 1)
+                with self._lock:
+                    wanted = work.message_id in self._held
+                if not (tries_left and wanted):
                     return _failure(work, slot, str(error))
                 logger.warning("%s: %s; it runs again", work.message_id, error.message)
             except FedHPCError as error:
@@ -244,7 +252,6 @@ class Fits:
             except Exception as error:
                 text = traceback.format_exc()
                 return _failure(work, slot, f"{type(error).__name__}: {error}", text)
-        raise AssertionError("unreachable")
 
     def _try(self, work: grid_pb2.Work, slot: Slot, wait_s: float) -> _Result:
         parts = message_ids.read(work.message_id)

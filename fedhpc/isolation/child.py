@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedhpc.errors import FedHPCError
 from fedhpc.isolation import admission, channel, cuda, host_memory
 from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT
 from fedhpc.isolation.locks import SlotGroup
@@ -72,6 +73,7 @@ class Child:
         self._has_gpu = bool(options["env"].get("CUDA_VISIBLE_DEVICES"))
         self._failure: dict[str, Any] | None = None
         self._prepared = False
+        self._limited = False
         self._done = 0
 
     def serve(self) -> int:
@@ -93,6 +95,7 @@ class Child:
                 self._done == self._options["fits"]
                 or self._failure is not None
                 or reply.get("out_of_memory", False)
+                or reply.get("refused_memory", False)
                 or self._is_in_the_way()
             )
             reply["last"] = last
@@ -155,7 +158,10 @@ class Child:
                 )
         except BaseException as error:
             channel.close_all(reply_fds)
-            return {**_describe(error), **self._gpu_use()}, []
+            refused = self._limited and host_memory.is_refused(error)
+            if refused:
+                host_memory.lift_limit()  # to say it takes memory too; then this process leaves
+            return {**_describe(error), "refused_memory": refused, **self._gpu_use()}, []
         return {
             "entered_s": entered_s,
             "returned_s": returned_s,
@@ -188,6 +194,7 @@ class Child:
                 cuda.cap(terms.cap_bytes)
         if call["host_bytes"] and self._done == 1 and not self._has_gpu:
             host_memory.limit_own_data(call["host_bytes"])
+            self._limited = True
         lock = None if self._slot is None else self._slot.lock.index
         self._tell(
             {"event": "admitted", "wait_s": wait_s, "lock": lock, "gpu_before_bytes": before}
@@ -245,11 +252,13 @@ def prepare(options: dict[str, Any]) -> None:
 
 
 def _describe(error: BaseException) -> dict[str, Any]:
+    """Return an exception as a reply."""
     text = "".join(traceback.format_exception(error))
     message = "".join(traceback.format_exception_only(error)).strip()
     return {
         "error": _clip(message, _MAX_ERROR),
         "traceback": _clip(text, _MAX_TRACEBACK),
+        "own": [error.message, error.hint] if isinstance(error, FedHPCError) else None,
         "out_of_memory": cuda.is_out_of_memory(error),
     }
 

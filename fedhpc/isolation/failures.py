@@ -3,7 +3,14 @@
 import signal
 from typing import Any
 
-from fedhpc.errors import FitDied, FitFailed, FitOutOfMemory, ForkServerDied, SlotTimeout
+from fedhpc.errors import (
+    FitDied,
+    FitFailed,
+    FitKilled,
+    FitOutOfMemory,
+    ForkServerDied,
+    SlotTimeout,
+)
 from fedhpc.isolation import host_memory
 from fedhpc.isolation.calls import Call
 
@@ -47,24 +54,32 @@ def died(
     return FitDied(f"the child was killed by {name}", hint)
 
 
-def _killed(before: tuple[int, int]) -> FitDied:
+def _killed(before: tuple[int, int]) -> FitKilled:
     in_job, on_node = host_memory.oom_kills()
     hint = "raise cluster.mem_gb, or lower isolation.slots or the batch size"
     if in_job > before[0]:
-        return FitDied(
+        error = FitKilled(
             "the child was killed by the kernel's out-of-memory killer (SIGKILL): the job had used"
             " all the memory it may use",
             hint,
         )
-    if on_node > before[1]:
-        return FitDied(
+    elif on_node > before[1]:
+        error = FitKilled(
             "the child was killed by SIGKILL, just when the kernel's out-of-memory killer was at"
             " work on this node",
             hint,
         )
-    return FitDied(
-        "the child was killed by SIGKILL", f"if it was the memory limit of the job: {hint}"
-    )
+    else:
+        return FitKilled(
+            "the child was killed by SIGKILL", f"if it was the memory limit of the job: {hint}"
+        )
+    error.for_memory = True
+    return error
+
+
+def cancelled() -> FitDied:
+    """Return the error for a child that the pool was told to kill."""
+    return FitDied("the call was cancelled, and its child killed")
 
 
 def too_late(call: Call, waits_for: str, *, admitted: bool) -> FitDied | SlotTimeout:
@@ -95,10 +110,24 @@ def too_late(call: Call, waits_for: str, *, admitted: bool) -> FitDied | SlotTim
     )
 
 
-def raised(reply: dict[str, Any]) -> FitFailed:
-    """Return the error for a call whose function raised."""
+def raised(reply: dict[str, Any], memory_limit_bytes: int | None) -> FitFailed:
+    """Return the error for a call whose function raised.
+
+    Parameters
+    ----------
+    reply : dict
+        Of its child.
+    memory_limit_bytes : int or None
+        What it might use on the host.
+    """
     if not reply.get("out_of_memory"):
-        return FitFailed(reply["error"], reply["traceback"])
+        hint = None
+        if memory_limit_bytes is not None and reply.get("refused_memory"):
+            hint = (
+                f"it may use {memory_limit_bytes / 1e9:g} GB of host memory: raise"
+                " isolation.host_memory_gb, or lower the batch size"
+            )
+        return FitFailed(reply["error"], reply["traceback"], hint)
     error = FitOutOfMemory(
         reply["error"],
         reply["traceback"],

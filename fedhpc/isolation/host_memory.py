@@ -8,6 +8,8 @@ from pathlib import Path
 
 MB = 1e6
 
+_REFUSED = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
+
 
 def families(heads: Iterable[int]) -> dict[int, list[int]]:
     """Return for each process itself and all that come from it, as far as they live."""
@@ -52,6 +54,27 @@ def limit_own_data(more_bytes: int) -> None:
     if hard != resource.RLIM_INFINITY:
         limit = min(limit, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+
+
+def lift_limit() -> None:
+    """Undo `limit_own_data`."""
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
+
+
+def is_refused(error: BaseException) -> bool:
+    """Return whether an exception, or what it came from, says that the host gave no memory."""
+    seen: BaseException | None = error
+    for _ in range(20):  # a chain could be a ring
+        if seen is None:
+            return False
+        if isinstance(seen, MemoryError) or (
+            isinstance(seen, RuntimeError | OSError)
+            and any(words in str(seen) for words in _REFUSED)
+        ):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def oom_kills() -> tuple[int, int]:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -209,8 +210,6 @@ class ChildPool:
         while True:
             child = self._take(call.slot, call.tag)
             try:
-                if self._options.standby:
-                    self._prepare_successor(call.slot)
                 received = self._exchange(child, call, alone=alone)
                 break
             except _Left:
@@ -231,7 +230,7 @@ class ChildPool:
                 child.kept = True
                 self._kept[call.slot.index] = child
         if "error" in reply:
-            raise failures.raised(reply)
+            raise failures.raised(reply, self._options.host_memory_bytes)
         peak, context = reply.get("gpu_peak_bytes"), reply.get("gpu_context_bytes")
         return Reply(
             buffers=fds,
@@ -273,10 +272,13 @@ class ChildPool:
                     case "admitted":
                         admitted, child.waits_for = answer, ""
                         deadline_s = time.monotonic() + call.timeout_s
+                        if self._options.standby:  # not sooner: the fork takes a core
+                            self._prepare_successor(call.slot)
                         if call.on_admitted is not None:
                             call.on_admitted(answer["gpu_before_bytes"])
                     case _:
-                        assert admitted is not None  # noqa: S101  (the child tells it first)
+                        if admitted is None:  # its slot's lock could not be used
+                            raise PlatformError(*(answer["own"] or [answer["error"]]))
                         return answer, fds, admitted
         except ConnectionError:
             _gone(child, admitted)
@@ -303,13 +305,16 @@ class ChildPool:
             return error.message
 
     def _death(self, child: _Child, oom_kills: tuple[int, int]) -> FitDied:
-        if not child.exited.wait(1.0):
+        told = child.exited.wait(1.0)
+        if not told and not (_has_ended(child.pid) and child.exited.wait(_EXIT_TIMEOUT_S)):
             self._ask_to_kill(child)
             child.exited.wait(_EXIT_TIMEOUT_S)
             return FitDied(
                 "the child closed its channel and lived on; it was killed",
                 "does the app close descriptors that are not its own?",
             )
+        if child.doomed and not child.over_memory:
+            return failures.cancelled()
         limit = self._options.host_memory_bytes if child.over_memory else None
         return failures.died(child.exit_code, oom_kills, limit)
 
@@ -430,6 +435,16 @@ def _gone(child: _Child, admitted: dict[str, Any] | None) -> None:
         child.exited.wait(_EXIT_TIMEOUT_S)
         if child.exit_code == 0:
             raise _Left
+
+
+def _has_ended(pid: int | None) -> bool:
+    """Return whether a child has ended, though its fork server has not told yet."""
+    if pid is None:
+        return False
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
 
 
 def _check_buffers(buffers: tuple[int, ...]) -> None:

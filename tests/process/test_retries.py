@@ -1,0 +1,139 @@
+"""Which fits run again after a death, and how often."""
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from entries import wait_until
+
+from fedhpc import config
+from fedhpc.errors import FitDied, FitFailed, FitKilled, ForkServerDied, SlotTimeout
+from fedhpc.federation import grid_pb2, message_ids
+from fedhpc.fits import Fits
+from fedhpc.isolation import Slot
+from fedhpc.paths import RunPaths
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def killed() -> FitKilled:
+    return FitKilled("the child was killed by SIGKILL")
+
+
+def killed_for_memory() -> FitKilled:
+    error = FitKilled("the child was killed by the kernel's out-of-memory killer")
+    error.for_memory = True
+    return error
+
+
+def fork_server_died() -> ForkServerDied:
+    return ForkServerDied("the fork server ended, and the child with it")
+
+
+class DyingPool:
+    """A pool whose calls end as the test says, one after the other, and then always so."""
+
+    def __init__(self, endings: list[Callable[[], Exception]]) -> None:
+        self.calls = 0
+        self.during: Callable[[], object] = lambda: None
+        self._endings = endings
+
+    def run(self, *_: object, **__: object) -> None:
+        self.calls += 1
+        self.during()
+        raise self._endings[min(self.calls, len(self._endings)) - 1]()
+
+    def cancel(self, _: str) -> None:
+        pass
+
+
+class NoSampler:
+    def began(self, *_: object) -> None: ...
+
+    def ended(self, *_: object, **__: object) -> None: ...
+
+
+class Link:
+    """Keeps what is sent."""
+
+    def __init__(self) -> None:
+        self.results: list[grid_pb2.Result] = []
+        self.came = threading.Event()
+
+    def send(self, events: Any) -> None:
+        for event in events:
+            if event.HasField("result"):
+                self.results.append(event.result)
+                self.came.set()
+
+
+def start(pool: DyingPool, folder: Path) -> tuple[Fits, Link, grid_pb2.Work]:
+    document = folder / "config.yaml"
+    document.write_text((REPOSITORY / "configs/digits.yaml").read_text())
+    link: Any = Link()
+    fits = Fits(
+        pool,  # type: ignore[arg-type]
+        [Slot(0)],
+        RunPaths(folder),
+        config.load(document),
+        NoSampler(),  # type: ignore[arg-type]
+        lambda _: None,
+    )
+    fits.use(link)
+    message_id = message_ids.make(message_ids.Parts(1, 3, "train", 0))
+    return fits, link, grid_pb2.Work(message_id=message_id)
+
+
+@pytest.mark.parametrize(
+    ("endings", "calls"),
+    [
+        ([killed], 3),
+        ([fork_server_died], 3),
+        ([killed, fork_server_died], 3),
+        ([killed_for_memory], 2),
+        ([killed, killed_for_memory], 3),
+        ([killed_for_memory, killed], 2),
+        ([lambda: FitDied("the child exited with code 3 before it replied")], 1),
+        ([lambda: FitDied("no reply within 1 s")], 1),
+        ([lambda: FitFailed("ValueError: x")], 1),
+        ([lambda: SlotTimeout("waited 1 s for a slot")], 1),
+        ([killed, lambda: FitFailed("ValueError: x")], 2),
+    ],
+    ids=[
+        "killed", "fork server", "killed and fork server", "out of memory", "then out of memory",
+        "out of memory then killed", "exit", "deadline", "exception", "no slot",
+        "killed and exception",
+    ],
+)  # fmt: skip
+def test_a_fit_runs_again_only_after_a_kill_from_outside(
+    endings: list[Callable[[], Exception]],
+    calls: int,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pool = DyingPool(endings)
+    fits, link, work = start(pool, tmp_path)
+    with caplog.at_level(logging.WARNING):
+        fits.handle(grid_pb2.ToArrayTask(work=work))
+        assert link.came.wait(5)
+    assert pool.calls == calls
+    assert len(link.results) == 1
+    assert str(endings[min(calls, len(endings)) - 1]()) in link.results[0].failure.reason
+    assert caplog.text.count("it runs again") == calls - 1
+
+
+def test_a_fit_that_was_cancelled_meanwhile_does_not_run_again(tmp_path: Path) -> None:
+    pool = DyingPool([killed])
+    fits, link, work = start(pool, tmp_path)
+    cancel = grid_pb2.Cancel(message_id=work.message_id)
+    pool.during = lambda: fits.handle(grid_pb2.ToArrayTask(cancel=cancel))
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert wait_until(lambda: pool.calls)
+    time.sleep(0.3)
+    assert pool.calls == 1
+    assert not link.results
+    assert fits.held() == []
