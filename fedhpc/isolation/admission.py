@@ -236,11 +236,15 @@ def shortage(request: Request, reading: Reading | None, others: list[Holder]) ->
 def _room(reading: Reading, others: list[Holder]) -> int:
     """Return the bytes that are free and not promised to a holder who has not used them yet."""
     reserved = sum(holder.reserved_bytes or 0 for holder in others)
-    used = [reading.processes.get(holder.pid) for holder in others]
-    if all(bytes_ is not None for bytes_ in used):
+    used = {
+        holder.pid: reading.processes[holder.pid]
+        for holder in others
+        if holder.pid in reading.processes
+    }
+    if not others or (used and None not in used.values()):
+        # NVML tells who uses what; whom it does not list has not begun to use the GPU.
         unused = (
-            max(0, (holder.reserved_bytes or 0) - (bytes_ or 0))
-            for holder, bytes_ in zip(others, used, strict=True)
+            max(0, (holder.reserved_bytes or 0) - (used.get(holder.pid) or 0)) for holder in others
         )
         return reading.free_bytes - sum(unused)
     # NVML does not tell who uses what, as in a container: go by what others used before them.
