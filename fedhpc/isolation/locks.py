@@ -97,6 +97,7 @@ def prepare_folder(folder: Path) -> None:
 
 def mount_of(folder: Path, mounts: str | None = None) -> tuple[str, str]:
     """Return the kind of file system of a folder, and which folder of it is mounted there."""
+    folder = folder.resolve()  # /var/tmp may be a link to a disk of the network
     deepest, found = "", ("unknown", "/")
     for line in (mounts or Path("/proc/self/mountinfo").read_text()).splitlines():
         before, _, after = line.partition(" - ")
