@@ -208,7 +208,7 @@ class SlotGroup:
 
     def _slots(self) -> Iterator[Path]:
         for path in self._folder.glob(f"{self._key}.*"):
-            if path.name.rpartition(".")[2].isdigit():
+            if path.name.removeprefix(f"{self._key}.").isdigit():  # not those of <key>.<more>
                 yield path
 
 
