@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fedhpc.errors import PlatformError
 from fedhpc.isolation import admission, channel, cuda, host_memory
 from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT
 from fedhpc.isolation.locks import SlotGroup
@@ -136,7 +137,11 @@ class Child:
         try:
             buffers = [channel.map_file(fd) for fd in fds]
             channel.close_all(fds)
-            wait_s = self._take_slot(call)
+            try:
+                wait_s = self._take_slot(call)
+            except PlatformError as error:  # a lock file that cannot be used
+                told = {"error": error.message, "hint": error.hint, "platform": True}
+                return told, []
             if not self._prepared and self._failure is None:
                 self._prepare()
             if self._failure is not None:

@@ -3,7 +3,14 @@
 import signal
 from typing import Any
 
-from fedhpc.errors import FitDied, FitFailed, FitOutOfMemory, ForkServerDied, SlotTimeout
+from fedhpc.errors import (
+    FitDied,
+    FitFailed,
+    FitOutOfMemory,
+    ForkServerDied,
+    PlatformError,
+    SlotTimeout,
+)
 from fedhpc.isolation import host_memory
 from fedhpc.isolation.calls import Call
 
@@ -95,8 +102,10 @@ def too_late(call: Call, waits_for: str, *, admitted: bool) -> FitDied | SlotTim
     )
 
 
-def raised(reply: dict[str, Any]) -> FitFailed:
-    """Return the error for a call whose function raised."""
+def raised(reply: dict[str, Any]) -> FitFailed | PlatformError:
+    """Return the error for a call whose function raised, or whose child could ask for no slot."""
+    if reply.get("platform"):
+        return PlatformError(reply["error"], reply["hint"])
     if not reply.get("out_of_memory"):
         return FitFailed(reply["error"], reply["traceback"])
     error = FitOutOfMemory(

@@ -143,7 +143,7 @@ class ChildPool:
         GpuLost
             If the slot's GPU does not answer.
         PlatformError
-            If the pool is closed, or no child could be started.
+            If the pool is closed, no child could be started, or a lock file cannot be used.
         """
         limit_s = timeout_s if slot_timeout_s is None else slot_timeout_s
         needs = need if callable(need) else lambda: need
@@ -276,8 +276,9 @@ class ChildPool:
                         if call.on_admitted is not None:
                             call.on_admitted(answer["gpu_before_bytes"])
                     case _:
-                        assert admitted is not None  # noqa: S101  (the child tells it first)
-                        return answer, fds, admitted
+                        # Without a slot it can only be an error.
+                        nothing = {"wait_s": 0.0, "gpu_before_bytes": None}
+                        return answer, fds, admitted or nothing
         except ConnectionError:
             _gone(child, admitted)
             return None
