@@ -89,6 +89,8 @@ class Child:
             self._done += 1
             reply, reply_fds = self._answer(*received)
             reply["late_imports"] = _imported_since(modules_at_start)
+            if self._slot is not None and not self._slot.lock.is_in_place():
+                reply["lost_lock"] = str(self._slot.lock.path)
             reply["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             last = (
                 self._done == self._options["fits"]
@@ -121,7 +123,12 @@ class Child:
         return channel.receive(self._sock)
 
     def _is_in_the_way(self) -> bool:
-        """Return whether somebody waits for the slot that this process would keep."""
+        """Return whether somebody waits for the slot that this process would keep.
+
+        Or has it already, as the file that is locked here was removed.
+        """
+        if self._slot is not None and not self._slot.lock.is_in_place():
+            return True
         return self._group is not None and bool(self._group.gate().waiting())
 
     def _release_cores(self) -> None:

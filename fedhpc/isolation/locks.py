@@ -153,11 +153,16 @@ class SlotLock:
 
     index: int
     fd: int
+    path: Path
 
     def write(self, holder: Holder) -> None:
         """Say who holds it, and how much memory it is promised; to be called behind the gate."""
         record = {name: value for name, value in vars(holder).items() if name != "slot"}
         _write_record(self.fd, record)
+
+    def is_in_place(self) -> bool:
+        """Return whether others find the lock; not if somebody removed its file."""
+        return _is_at(self.fd, self.path)
 
     def release(self) -> None:
         """Give it back before this process ends."""
@@ -198,7 +203,7 @@ class SlotGroup:
             path = self._folder / f"{self._key}.{index}"
             fd = _open_file(path)
             if _try_lock(fd, path, fcntl.LOCK_EX):
-                return SlotLock(index, fd)
+                return SlotLock(index, fd, path)
             _close(fd)
         return None
 

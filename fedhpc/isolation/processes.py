@@ -230,6 +230,12 @@ class ChildPool:
             if not (reply["last"] or child.doomed):
                 child.kept = True
                 self._kept[call.slot.index] = child
+        if lost := reply.get("lost_lock"):
+            logger.warning(
+                "isolation.lock_dir: %s was removed while a fit held it, so more fits than allowed"
+                " may have run; nothing may clean that folder while jobs run",
+                lost,
+            )
         if "error" in reply:
             raise failures.raised(reply)
         peak, context = reply.get("gpu_peak_bytes"), reply.get("gpu_context_bytes")
