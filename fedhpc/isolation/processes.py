@@ -433,10 +433,14 @@ class ChildPool:
 
 def _gone(child: _Child, admitted: dict[str, Any] | None) -> None:
     """Tell a child that had left by itself, before it saw the call, from one that died."""
-    if child.kept and admitted is None and not child.doomed:
-        child.exited.wait(_EXIT_TIMEOUT_S)
-        if child.exit_code == 0:
-            raise _Left
+    if admitted is not None or child.doomed:
+        return
+    child.exited.wait(_EXIT_TIMEOUT_S)
+    on_gpu = bool(child.env["CUDA_VISIBLE_DEVICES"])  # there the next one is not made in advance
+    if (child.kept and child.exit_code == 0) or (
+        on_gpu and child.exit_code == EXIT_CUDA_BEFORE_SLOT
+    ):
+        raise _Left
 
 
 def _check_buffers(buffers: tuple[int, ...]) -> None:
