@@ -21,7 +21,7 @@ from entries import Background, _sleeper, entry, read, wait_until
 from simulated_nvml import CARD, GB, SimulatedNvml
 
 from fedhpc.isolation import ChildPool, Need, PoolOptions, Reply, Slot, channel
-from fedhpc.isolation.admission import Request, admit
+from fedhpc.isolation.admission import Request, Terms, admit
 from fedhpc.isolation.locks import SlotGroup
 
 KEY = CARD.id
@@ -333,8 +333,9 @@ def _contend(folder: str, limit: int, number: int, log: str) -> None:
     code = 1
     try:
 
-        def behind_the_gate() -> None:  # asked when a slot has been taken
+        def behind_the_gate() -> Terms:  # asked when a slot has been taken
             note(log, "in", number=number)
+            return Terms()
 
         request = Request(folder, KEY, limit, f"contender {number}", gpu=True)
         admit(request, behind_the_gate, lambda _: None)

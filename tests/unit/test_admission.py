@@ -179,16 +179,31 @@ def test_memory_that_nobody_here_has_is_told_too() -> None:
     assert said.endswith("in use or promised: nobody that can be seen from here")
 
 
+def test_a_margin_does_not_keep_a_fit_off_a_gpu_that_it_has_for_itself() -> None:
+    request = replace(wants(44), least_bytes=38 * GB)
+    assert shortage(request, reads(2, {9: 2}), []) == ""
+    assert shortage(request, reads(3, {9: 3}), []).startswith("needs 38.0 GB of GPU-1, 37.0 of")
+    assert shortage(request, reads(0), [holds(0, 1)]).startswith("needs 44.0 GB of GPU-1, 39.0 of")
+
+
 @pytest.mark.parametrize(
-    ("need", "total"), [(None, CARD), (CARD, CARD), (CARD, 0), (None, 0), (1, CARD)]
+    ("need", "total"),
+    [
+        (None, CARD),
+        (Need(CARD), CARD),
+        (Need(CARD), 0),
+        (None, 0),
+        (Need(1), CARD),
+        (Need(2 * CARD, least_bytes=CARD), CARD),  # the margin alone is too much
+    ],
 )
-def test_a_need_that_a_wait_can_meet_is_accepted(need: int | None, total: int) -> None:
+def test_a_need_that_a_wait_can_meet_is_accepted(need: Need | None, total: int) -> None:
     check_need(need, total, "GPU-1")
 
 
 def test_a_need_larger_than_the_gpu_is_refused_at_once() -> None:
     with pytest.raises(PlatformError) as raised:
-        check_need(41 * GB, CARD, "GPU-1")
+        check_need(Need(41 * GB), CARD, "GPU-1")
     assert "expected at most the 40.0 GB of GPU-1, found 41.0" in str(raised.value)
     assert "Hint: lower it" in str(raised.value)
 
