@@ -254,7 +254,9 @@ def _room(reading: Reading, others: list[Holder]) -> int:
 def _foreign(reading: Reading, others: list[Holder]) -> int:
     """Return about how much is in use by others than holders of slots."""
     reserved = sum(holder.reserved_bytes or 0 for holder in others)
-    return max(0, reading.used_bytes - reserved, *(holder.foreign_bytes for holder in others))
+    before = max((holder.foreign_bytes for holder in others), default=0)
+    # What was there before a neighbour may have gone: no more is there than is in use.
+    return min(reading.used_bytes, max(reading.used_bytes - reserved, before))
 
 
 def _as_holder(

@@ -82,6 +82,11 @@ ROOMS = {
         [holds(0, 10, foreign_gb=8)],
         22,
     ),
+    "a container, with foreign memory that has gone since": (
+        reads(2),
+        [holds(0, 10, foreign_gb=20)],
+        28,
+    ),
     "a container, with amounts that are not told": (
         reads(4, {100: None}),
         [holds(0, 10)],
