@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import threading
@@ -39,6 +40,7 @@ class _Child:
     pid: int | None = None
     tag: str = ""
     kept: bool = False
+    promise: float = 0  # bytes of its GPU that it was admitted for; inf: all of them
     waits_for: str = ""
     doomed: bool = False
     over_memory: bool = False
@@ -207,7 +209,7 @@ class ChildPool:
         called_s = time.monotonic()
         oom_kills = host_memory.oom_kills()
         while True:
-            child = self._take(call.slot, call.tag)
+            child = self._take(call)
             try:
                 if self._options.standby:
                     self._prepare_successor(call.slot)
@@ -271,8 +273,10 @@ class ChildPool:
                 answer, fds = received
                 match answer.get("event"):
                     case "terms?":
-                        reading = self._read_memory(call.slot)
-                        channel.send(child.sock, call.terms(reading, alone=alone))
+                        terms = call.terms(self._read_memory(call.slot), alone=alone)
+                        if admitted is None:
+                            child.promise = _wanted(None if alone else terms["need_bytes"])
+                        channel.send(child.sock, terms)
                     case "waiting":
                         child.waits_for = answer["reason"]
                         logger.info("%s waits: %s", call.label or call.entry, answer["reason"])
@@ -322,12 +326,19 @@ class ChildPool:
 
     # --- children ---
 
-    def _take(self, slot: Slot, tag: str) -> _Child:
+    def _take(self, call: Call) -> _Child:
         """Return a child for a call: the slot's own, one that stands by, or a new one."""
+        slot, need = call.slot, call.need()
+        wanted = _wanted(need.total_bytes if need else None)
         with self._lock:
             if self._closed:
                 raise PlatformError("the pool of children is closed")
             kept = self._kept.pop(slot.index, None)
+            if kept and slot.gpus and slot.lock_folder and wanted > kept.promise:
+                kept.doomed = True  # it would use more than others know of: admission begins anew
+                if self._launcher is not None:
+                    self._launcher.kill_child(kept.number)
+                kept = None
             fitting = [child for child in self._ready if child.env == slot.env]
             candidates = [*([kept] if kept else []), *fitting]
             child = next((child for child in candidates if not child.exited.is_set()), None)
@@ -336,7 +347,7 @@ class ChildPool:
                 child = self._start_child(slot, prepare_now=not slot.gpus)
             elif child in self._ready:
                 self._ready.remove(child)
-            child.tag = tag
+            child.tag = call.tag
             return child
 
     def _prepare_successor(self, slot: Slot) -> None:
@@ -429,6 +440,10 @@ class ChildPool:
                     self._ready.remove(child)
         for child in children:
             child.end(None)
+
+
+def _wanted(need_bytes: int | None) -> float:
+    return math.inf if need_bytes is None else need_bytes
 
 
 def _gone(child: _Child, admitted: dict[str, Any] | None) -> None:

@@ -214,6 +214,32 @@ def test_a_fit_whose_need_is_not_known_runs_alone(folder: Path, log: Path, memor
     assert entered(log) == 4
 
 
+def test_a_kept_child_is_replaced_for_a_fit_that_needs_more_than_it_was_promised(
+    folder: Path, log: Path, memory: Path
+) -> None:
+    marker = log.with_name("marker")
+    first, second = slots(folder, 2)
+    nvml = SimulatedNvml(folder=memory)
+    with sharing(nvml, fits_per_process=0) as pool, sharing(nvml) as other:
+        kept = value_of(pool, first, "pid", need_gb=2)
+        assert value_of(pool, first, "pid", need_gb=1) == kept
+        assert value_of(pool, first, "pid", need_gb=2) == kept
+        neighbour = Background(
+            value_of, other, second, "occupy_until", str(log), str(marker), need_gb=5
+        )
+        assert wait_until(lambda: entered(log) == 1, 20)
+        larger = Background(value_of, pool, first, "pid", need_gb=6)
+        assert waits_for(pool, "needs 6.0 GB")
+        assert not entries.is_alive(kept)
+        marker.touch()
+        neighbour.result(20)
+        kept = larger.result(20)
+        assert value_of(pool, first, "pid", need_gb=6) == kept
+        alone = value_of(pool, first, "pid")  # its need is not known
+        assert alone != kept
+        assert value_of(pool, first, "pid", need_gb=9) == alone
+
+
 def test_without_nvml_slots_alone_decide(folder: Path, log: Path) -> None:
     with ChildPool(light()) as pool:
         calls = [
