@@ -94,6 +94,17 @@ def test_two_processes_keep_to_the_common_limit(limit: int, folder: Path, log: P
     assert sum(line["what"] == "out" for line in lines(log)) == 12
 
 
+def test_spawned_children_keep_to_the_limit_too(folder: Path, log: Path) -> None:
+    with ChildPool(light(start_method="spawn", standby=True)) as pool:
+        calls = [
+            Background(value_of, pool, slot, "occupy_together", str(log), 2)
+            for slot in slots(folder, 3, limit=2)
+        ]
+        assert len({running.result(40) for running in calls}) == 3
+    assert most_at_once(lines(log)) == 2
+    assert held(folder) == []
+
+
 def test_a_run_uses_the_slots_below_its_own_limit(folder: Path, log: Path) -> None:
     marker = log.with_name("marker")
     with ChildPool(light()) as pool:
@@ -234,6 +245,28 @@ def test_a_call_that_is_cancelled_or_killed_in_the_queue_lets_the_next_one_in(
             by_tag["fit 1"],
             by_tag["fit 3"],
         }
+
+
+def test_a_stopped_child_at_the_head_of_the_queue_blocks_it_until_its_own_deadline(
+    folder: Path, log: Path
+) -> None:
+    marker, gate = log.with_name("marker"), folder / f"{KEY}.gate"
+    mine = slots(folder, 3, limit=1)
+    with ChildPool(light()) as pool:
+        holder = Background(value_of, pool, mine[0], "occupy_until", str(log), str(marker))
+        assert wait_until(lambda: inside(log) == 1, 20)
+        head = Background(value_of, pool, mine[1], "pid", tag="head", slot_timeout_s=2)
+        assert wait_until(lambda: SlotGroup(folder, KEY).gate().waiting() != "", 20)
+        next_one = Background(value_of, pool, mine[2], "pid")
+        assert wait_until(lambda: queue_length(gate) == 1, 20)
+        (stopped,) = [pid for pid, tag in pool.children().items() if tag == "head"]
+        os.kill(stopped, signal.SIGSTOP)
+        marker.touch()
+        assert holder.result(20)
+        with pytest.raises(SlotTimeout):
+            head.result(20)
+        assert next_one.result(20) != stopped
+        assert not entries.is_alive(stopped)
 
 
 # --- children that are kept ---

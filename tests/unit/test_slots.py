@@ -3,11 +3,16 @@
 import os
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from simulated_nvml import SimulatedNvml
 
+from fedhpc import allotment
+from fedhpc.config import Isolation
+from fedhpc.environment import Environment
 from fedhpc.errors import PlatformError
-from fedhpc.isolation import Gpu, Slot, cpu_slots, gpu_slots
+from fedhpc.isolation import Gpu, Slot, cpu_slots, devices, gpu_slots, locks
 
 LOCKS = Path("/somewhere/locks")
 GPUS = [Gpu(f"GPU-{number}", "A100", 40_000_000_000) for number in range(3)]
@@ -153,3 +158,65 @@ def test_no_gpu_where_one_is_wanted_is_an_error(monkeypatch: pytest.MonkeyPatch)
         raised.value
     )
     assert "Hint: ask Slurm for one with cluster.gpus_per_task" in str(raised.value)
+
+
+# --- as the config wants them ---
+
+
+def array_task(**more: Any) -> Environment:
+    facts = {"host": "n1", "job_id": "17_0", "array_task": 0, "cpus": 8, "gpus": ()}
+    return Environment(**{**facts, "on_slurm": True, "restarts": 0, **more})
+
+
+@pytest.fixture
+def nothing_visible(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(devices, "device_nodes", lambda: 0)
+
+
+@pytest.mark.usefixtures("nothing_visible")
+def test_a_machine_without_gpus_has_slots_on_its_cores() -> None:
+    made = allotment.slots(Isolation(), array_task(), None, array_tasks_here=2, folder=LOCKS)
+    assert len(made) == 4
+    assert {slot.limit for slot in made} == {8}
+    assert {slot.gpus for slot in made} == {()}
+
+
+@pytest.mark.usefixtures("nothing_visible")
+def test_gpus_are_used_where_they_are_unless_the_config_wants_the_cpu() -> None:
+    nvml = SimulatedNvml([[gpu] for gpu in GPUS])
+    task = array_task(gpus=("1",))
+    (slot,) = allotment.slots(Isolation(), task, nvml, folder=LOCKS)
+    assert slot.gpus == (GPUS[1],)
+    assert slot.lock_key == GPUS[1].id
+    on_cpu = allotment.slots(Isolation(device="cpu", slots=2), task, nvml, folder=LOCKS)
+    assert [slot.gpus for slot in on_cpu] == [(), ()]
+
+
+@pytest.mark.usefixtures("nothing_visible")
+def test_a_gpu_that_the_config_wants_and_nobody_has_is_an_error() -> None:
+    with pytest.raises(PlatformError, match="expected a GPU, found none visible"):
+        allotment.slots(Isolation(device="cuda"), array_task(), None)
+
+
+def test_the_lock_folder_may_name_variables_and_the_home(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("USER", "ada")
+    monkeypatch.setenv("HOME", "/home/ada")
+    assert allotment.lock_folder(Isolation(lock_dir="/var/tmp/fl-$USER")) == Path("/var/tmp/fl-ada")
+    assert allotment.lock_folder(Isolation(lock_dir="~/locks")) == Path("/home/ada/locks")
+    monkeypatch.setenv("TMPDIR", "/tmp/of-this-job")
+    assert allotment.lock_folder(Isolation()) == Path(f"/tmp/fedhpc-{os.geteuid()}")
+
+
+def test_a_lock_folder_of_one_job_alone_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    isolation = Isolation(lock_dir=str(tmp_path / "locks"))
+    assert allotment.prepare_lock_folder(isolation, array_task()) == tmp_path / "locks"
+    assert caplog.text == ""
+    monkeypatch.setattr(locks, "mount_of", lambda *_: ("ext4", "/slurm/17/.17"))
+    allotment.prepare_lock_folder(isolation, array_task())
+    assert "is this job's alone" in caplog.text
+    assert "name a folder of the node that your jobs share" in caplog.text
