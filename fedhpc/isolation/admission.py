@@ -146,9 +146,13 @@ def admit(request: Request, ask: Callable[[], Terms], tell: Callable[[str], None
     group = SlotGroup(Path(request.folder), request.key)
     gate = group.gate()
     told, announced = "", False
-    if first := gate.waiting():
-        told = f"{first} is first in the queue"
-        tell(told)
+
+    def queue(first: str) -> None:
+        nonlocal told
+        told = f"{first or 'another fit'} is first in the queue of {request.place}"
+        tell(told)  # at once: until it is its turn it cannot say any more
+
+    gate.on_queue(queue)
     with gate:
         while True:
             try:

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -223,11 +223,21 @@ class Gate:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd = -1
+        self._on_queue: Callable[[str], None] | None = None
+
+    def on_queue(self, function: Callable[[str], None]) -> None:
+        """Call ``function`` with who is first ("": not known) when the gate must be waited for."""
+        self._on_queue = function
 
     def __enter__(self) -> Self:
         while True:
             fd = _open_file(self._path)
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if self._on_queue is not None:
+                    self._on_queue(self.waiting())
+                fcntl.flock(fd, fcntl.LOCK_EX)
             if _is_at(fd, self._path):
                 self._fd = fd
                 return self

@@ -5,6 +5,7 @@ that a killed process gives its memory back as on a real GPU.
 """
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ class SimulatedNvml:
         Raised instead of an answer.
     asked : int
         How often memory was read.
+    pause_s : float
+        How long an answer takes.
     """
 
     def __init__(
@@ -49,12 +52,14 @@ class SimulatedNvml:
         self.tells_processes = True
         self.error: PlatformError | None = None
         self.asked = 0
+        self.pause_s = 0.0
 
     def cards(self) -> list[list[Gpu]]:
         return self._cards
 
     def memory(self, gpu: Gpu) -> Reading:
         self.asked += 1
+        time.sleep(self.pause_s)
         if self.error is not None:
             raise self.error
         processes = {**self.foreign, **self._allocated(gpu)}
