@@ -5,6 +5,7 @@ The GPU is simulated: what its processes have is what they write into files.
 
 import logging
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -140,12 +141,15 @@ def test_a_large_fit_at_the_head_of_the_queue_is_not_starved_by_small_ones(
             value_of,
             *(other, mine[3], "use_memory", str(log), str(memory), 9, 0.05, "large"),
             need_gb=9,
+            label="the large one",
         )
-        first = waits_for(other, "needs 9.0 GB") and lines(log)[-1]["ns"]
+        gate = SlotGroup(folder, KEY).gate()
+        at_the_head = wait_until(lambda: "the large one" in gate.waiting(), 20)
+        first = time.monotonic_ns()
         large.result(30)
         stop.touch()
         assert all(worker.result(30) for worker in workers)
-    assert first
+    assert at_the_head
     noted = [line for line in lines(log) if line["what"] == "in"]
     (its,) = [line["ns"] for line in noted if line["name"] == "large"]
     # From its turn on nobody else is admitted; those who were then may still have to begin.
@@ -190,6 +194,21 @@ def test_at_the_deadline_the_error_names_who_has_the_memory(folder: Path) -> Non
         assert wait_until(lambda: held(folder) == [])
         nvml.foreign = {}
         assert value_of(pool, slot, "pid", need_gb=4)
+
+
+def test_all_that_wait_in_the_queue_say_so_at_the_deadline(folder: Path) -> None:
+    """They come at once, so that the first has not yet announced itself when the others ask."""
+    nvml = SimulatedNvml()
+    nvml.foreign = {4242: 8 * GB}
+    nvml.pause_s = 0.3
+    with sharing(nvml) as pool:
+        calls = [
+            Background(value_of, pool, slot, "pid", need_gb=4, slot_timeout_s=2)
+            for slot in slots(folder, 6)
+        ]
+        for call in calls:
+            with pytest.raises(SlotTimeout, match=r"waited 2 s for a slot: .*(queue|pid 4242)"):
+                call.result(20)
 
 
 def test_a_need_larger_than_the_gpu_is_refused_before_any_wait(folder: Path) -> None:

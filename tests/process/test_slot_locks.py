@@ -255,8 +255,8 @@ def test_a_stopped_child_at_the_head_of_the_queue_blocks_it_until_its_own_deadli
     with ChildPool(light()) as pool:
         holder = Background(value_of, pool, mine[0], "occupy_until", str(log), str(marker))
         assert wait_until(lambda: inside(log) == 1, 20)
-        head = Background(value_of, pool, mine[1], "pid", tag="head", slot_timeout_s=2)
-        assert wait_until(lambda: SlotGroup(folder, KEY).gate().waiting() != "", 20)
+        head = Background(value_of, pool, mine[1], "pid", tag="head", slot_timeout_s=3)
+        assert wait_until(lambda: any("held by" in reason for reason in pool.waiting()), 20)
         next_one = Background(value_of, pool, mine[2], "pid")
         assert wait_until(lambda: queue_length(gate) == 1, 20)
         (stopped,) = [pid for pid, tag in pool.children().items() if tag == "head"]
