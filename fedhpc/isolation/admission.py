@@ -146,9 +146,13 @@ def admit(request: Request, ask: Callable[[], Terms], tell: Callable[[str], None
     group = SlotGroup(Path(request.folder), request.key)
     gate = group.gate()
     told, announced = "", False
-    if first := gate.waiting():
-        told = f"{first} is first in the queue"
-        tell(told)
+
+    def queue(first: str) -> None:
+        nonlocal told
+        told = f"{first or 'another fit'} is first in the queue of {request.place}"
+        tell(told)  # at once: until it is its turn it cannot say any more
+
+    gate.on_queue(queue)
     with gate:
         while True:
             try:
@@ -236,11 +240,15 @@ def shortage(request: Request, reading: Reading | None, others: list[Holder]) ->
 def _room(reading: Reading, others: list[Holder]) -> int:
     """Return the bytes that are free and not promised to a holder who has not used them yet."""
     reserved = sum(holder.reserved_bytes or 0 for holder in others)
-    used = [reading.processes.get(holder.pid) for holder in others]
-    if all(bytes_ is not None for bytes_ in used):
+    used = {
+        holder.pid: reading.processes[holder.pid]
+        for holder in others
+        if holder.pid in reading.processes
+    }
+    if not others or (used and None not in used.values()):
+        # NVML tells who uses what; whom it does not list has not begun to use the GPU.
         unused = (
-            max(0, (holder.reserved_bytes or 0) - (bytes_ or 0))
-            for holder, bytes_ in zip(others, used, strict=True)
+            max(0, (holder.reserved_bytes or 0) - (used.get(holder.pid) or 0)) for holder in others
         )
         return reading.free_bytes - sum(unused)
     # NVML does not tell who uses what, as in a container: go by what others used before them.
@@ -250,7 +258,9 @@ def _room(reading: Reading, others: list[Holder]) -> int:
 def _foreign(reading: Reading, others: list[Holder]) -> int:
     """Return about how much is in use by others than holders of slots."""
     reserved = sum(holder.reserved_bytes or 0 for holder in others)
-    return max(0, reading.used_bytes - reserved, *(holder.foreign_bytes for holder in others))
+    before = max((holder.foreign_bytes for holder in others), default=0)
+    # What was there before a neighbour may have gone: no more is there than is in use.
+    return min(reading.used_bytes, max(reading.used_bytes - reserved, before))
 
 
 def _as_holder(

@@ -28,8 +28,8 @@ class PoolOptions:
         Fork from a process that has preloaded the slow modules, or start a new interpreter.
     fits_per_process : int
         Calls before a child is replaced; 1: always a fresh one; 0: never replaced. A child that is
-        kept keeps its slot; it leaves when another process waits for that, or after a minute
-        without work.
+        kept keeps its slot; it leaves when another process waits for that, when a call needs
+        more memory than it was admitted for, or after a minute without work.
     threads_per_fit : int
         Threads of torch and OpenMP in a child.
     standby : bool

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fedhpc.errors import FedHPCError
+from fedhpc.errors import PlatformError
 from fedhpc.isolation import admission, channel, cuda, host_memory
 from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT
 from fedhpc.isolation.locks import SlotGroup
@@ -90,6 +90,8 @@ class Child:
             self._done += 1
             reply, reply_fds = self._answer(*received)
             reply["late_imports"] = _imported_since(modules_at_start)
+            if self._slot is not None and not self._slot.lock.is_in_place():
+                reply["lost_lock"] = str(self._slot.lock.path)
             reply["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
             last = (
                 self._done == self._options["fits"]
@@ -123,7 +125,12 @@ class Child:
         return channel.receive(self._sock)
 
     def _is_in_the_way(self) -> bool:
-        """Return whether somebody waits for the slot that this process would keep."""
+        """Return whether somebody waits for the slot that this process would keep.
+
+        Or has it already, as the file that is locked here was removed.
+        """
+        if self._slot is not None and not self._slot.lock.is_in_place():
+            return True
         return self._group is not None and bool(self._group.gate().waiting())
 
     def _release_cores(self) -> None:
@@ -139,7 +146,11 @@ class Child:
         try:
             buffers = [channel.map_file(fd) for fd in fds]
             channel.close_all(fds)
-            wait_s = self._take_slot(call)
+            try:
+                wait_s = self._take_slot(call)
+            except PlatformError as error:  # a lock file that cannot be used
+                told = {"error": error.message, "hint": error.hint, "platform": True}
+                return told, []
             if not self._prepared and self._failure is None:
                 self._prepare()
             if self._failure is not None:
@@ -258,7 +269,6 @@ def _describe(error: BaseException) -> dict[str, Any]:
     return {
         "error": _clip(message, _MAX_ERROR),
         "traceback": _clip(text, _MAX_TRACEBACK),
-        "own": [error.message, error.hint] if isinstance(error, FedHPCError) else None,
         "out_of_memory": cuda.is_out_of_memory(error),
     }
 

@@ -9,6 +9,7 @@ from fedhpc.errors import (
     FitKilled,
     FitOutOfMemory,
     ForkServerDied,
+    PlatformError,
     SlotTimeout,
 )
 from fedhpc.isolation import host_memory
@@ -110,8 +111,8 @@ def too_late(call: Call, waits_for: str, *, admitted: bool) -> FitDied | SlotTim
     )
 
 
-def raised(reply: dict[str, Any], memory_limit_bytes: int | None) -> FitFailed:
-    """Return the error for a call whose function raised.
+def raised(reply: dict[str, Any], memory_limit_bytes: int | None) -> FitFailed | PlatformError:
+    """Return the error for a call whose function raised, or whose child could ask for no slot.
 
     Parameters
     ----------
@@ -120,6 +121,8 @@ def raised(reply: dict[str, Any], memory_limit_bytes: int | None) -> FitFailed:
     memory_limit_bytes : int or None
         What it might use on the host.
     """
+    if reply.get("platform"):
+        return PlatformError(reply["error"], reply["hint"])
     if not reply.get("out_of_memory"):
         hint = None
         if memory_limit_bytes is not None and reply.get("refused_memory"):

@@ -12,7 +12,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -97,6 +97,7 @@ def prepare_folder(folder: Path) -> None:
 
 def mount_of(folder: Path, mounts: str | None = None) -> tuple[str, str]:
     """Return the kind of file system of a folder, and which folder of it is mounted there."""
+    folder = folder.resolve()  # /var/tmp may be a link to a disk of the network
     deepest, found = "", ("unknown", "/")
     for line in (mounts or Path("/proc/self/mountinfo").read_text()).splitlines():
         before, _, after = line.partition(" - ")
@@ -152,11 +153,16 @@ class SlotLock:
 
     index: int
     fd: int
+    path: Path
 
     def write(self, holder: Holder) -> None:
         """Say who holds it, and how much memory it is promised; to be called behind the gate."""
         record = {name: value for name, value in vars(holder).items() if name != "slot"}
         _write_record(self.fd, record)
+
+    def is_in_place(self) -> bool:
+        """Return whether others find the lock; not if somebody removed its file."""
+        return _is_at(self.fd, self.path)
 
     def release(self) -> None:
         """Give it back before this process ends."""
@@ -197,7 +203,7 @@ class SlotGroup:
             path = self._folder / f"{self._key}.{index}"
             fd = _open_file(path)
             if _try_lock(fd, path, fcntl.LOCK_EX):
-                return SlotLock(index, fd)
+                return SlotLock(index, fd, path)
             _close(fd)
         return None
 
@@ -207,7 +213,7 @@ class SlotGroup:
 
     def _slots(self) -> Iterator[Path]:
         for path in self._folder.glob(f"{self._key}.*"):
-            if path.name.rpartition(".")[2].isdigit():
+            if path.name.removeprefix(f"{self._key}.").isdigit():  # not those of <key>.<more>
                 yield path
 
 
@@ -217,11 +223,21 @@ class Gate:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._fd = -1
+        self._on_queue: Callable[[str], None] | None = None
+
+    def on_queue(self, function: Callable[[str], None]) -> None:
+        """Call ``function`` with who is first ("": not known) when the gate must be waited for."""
+        self._on_queue = function
 
     def __enter__(self) -> Self:
         while True:
             fd = _open_file(self._path)
-            fcntl.flock(fd, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if self._on_queue is not None:
+                    self._on_queue(self.waiting())
+                fcntl.flock(fd, fcntl.LOCK_EX)
             if _is_at(fd, self._path):
                 _clear_record(fd)  # of one that was killed inside
                 self._fd = fd

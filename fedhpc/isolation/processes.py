@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import socket
 import threading
@@ -40,6 +41,7 @@ class _Child:
     pid: int | None = None
     tag: str = ""
     kept: bool = False
+    promise: float = 0  # bytes of its GPU that it was admitted for; inf: all of them
     waits_for: str = ""
     doomed: bool = False
     over_memory: bool = False
@@ -144,7 +146,7 @@ class ChildPool:
         GpuLost
             If the slot's GPU does not answer.
         PlatformError
-            If the pool is closed, or no child could be started.
+            If the pool is closed, no child could be started, or a lock file cannot be used.
         """
         limit_s = timeout_s if slot_timeout_s is None else slot_timeout_s
         needs = need if callable(need) else lambda: need
@@ -208,7 +210,7 @@ class ChildPool:
         called_s = time.monotonic()
         oom_kills = host_memory.oom_kills()
         while True:
-            child = self._take(call.slot, call.tag)
+            child = self._take(call)
             try:
                 received = self._exchange(child, call, alone=alone)
                 break
@@ -229,6 +231,12 @@ class ChildPool:
             if not (reply["last"] or child.doomed):
                 child.kept = True
                 self._kept[call.slot.index] = child
+        if lost := reply.get("lost_lock"):
+            logger.warning(
+                "isolation.lock_dir: %s was removed while a fit held it, so more fits than allowed"
+                " may have run; nothing may clean that folder while jobs run",
+                lost,
+            )
         if "error" in reply:
             raise failures.raised(reply, self._options.host_memory_bytes)
         peak, context = reply.get("gpu_peak_bytes"), reply.get("gpu_context_bytes")
@@ -264,8 +272,10 @@ class ChildPool:
                 answer, fds = received
                 match answer.get("event"):
                     case "terms?":
-                        reading = self._read_memory(call.slot)
-                        channel.send(child.sock, call.terms(reading, alone=alone))
+                        terms = call.terms(self._read_memory(call.slot), alone=alone)
+                        if admitted is None:
+                            child.promise = _wanted(None if alone else terms["need_bytes"])
+                        channel.send(child.sock, terms)
                     case "waiting":
                         child.waits_for = answer["reason"]
                         logger.info("%s waits: %s", call.label or call.entry, answer["reason"])
@@ -277,9 +287,9 @@ class ChildPool:
                         if call.on_admitted is not None:
                             call.on_admitted(answer["gpu_before_bytes"])
                     case _:
-                        if admitted is None:  # its slot's lock could not be used
-                            raise PlatformError(*(answer["own"] or [answer["error"]]))
-                        return answer, fds, admitted
+                        # Without a slot it can only be an error.
+                        nothing = {"wait_s": 0.0, "gpu_before_bytes": None}
+                        return answer, fds, admitted or nothing
         except ConnectionError:
             _gone(child, admitted)
             return None
@@ -320,12 +330,19 @@ class ChildPool:
 
     # --- children ---
 
-    def _take(self, slot: Slot, tag: str) -> _Child:
+    def _take(self, call: Call) -> _Child:
         """Return a child for a call: the slot's own, one that stands by, or a new one."""
+        slot, need = call.slot, call.need()
+        wanted = _wanted(need.total_bytes if need else None)
         with self._lock:
             if self._closed:
                 raise PlatformError("the pool of children is closed")
             kept = self._kept.pop(slot.index, None)
+            if kept and slot.gpus and slot.lock_folder and wanted > kept.promise:
+                kept.doomed = True  # it would use more than others know of: admission begins anew
+                if self._launcher is not None:
+                    self._launcher.kill_child(kept.number)
+                kept = None
             fitting = [child for child in self._ready if child.env == slot.env]
             candidates = [*([kept] if kept else []), *fitting]
             child = next((child for child in candidates if not child.exited.is_set()), None)
@@ -334,7 +351,7 @@ class ChildPool:
                 child = self._start_child(slot, prepare_now=not slot.gpus)
             elif child in self._ready:
                 self._ready.remove(child)
-            child.tag = tag
+            child.tag = call.tag
             return child
 
     def _prepare_successor(self, slot: Slot) -> None:
@@ -429,12 +446,20 @@ class ChildPool:
             child.end(None)
 
 
+def _wanted(need_bytes: int | None) -> float:
+    return math.inf if need_bytes is None else need_bytes
+
+
 def _gone(child: _Child, admitted: dict[str, Any] | None) -> None:
     """Tell a child that had left by itself, before it saw the call, from one that died."""
-    if child.kept and admitted is None and not child.doomed:
-        child.exited.wait(_EXIT_TIMEOUT_S)
-        if child.exit_code == 0:
-            raise _Left
+    if admitted is not None or child.doomed:
+        return
+    child.exited.wait(_EXIT_TIMEOUT_S)
+    on_gpu = bool(child.env["CUDA_VISIBLE_DEVICES"])  # there the next one is not made in advance
+    if (child.kept and child.exit_code == 0) or (
+        on_gpu and child.exit_code == EXIT_CUDA_BEFORE_SLOT
+    ):
+        raise _Left
 
 
 def _has_ended(pid: int | None) -> bool:
