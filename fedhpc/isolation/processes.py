@@ -53,7 +53,7 @@ class _Child:
 
 
 class _Left(Exception):
-    """A child that was kept has left: the call is another's."""
+    """A child that was kept, or stood by, has left: the call is another's."""
 
 
 class ChildPool:
@@ -424,9 +424,9 @@ class ChildPool:
 
 def _gone(child: _Child, admitted: dict[str, Any] | None) -> None:
     """Tell a child that had left by itself, before it saw the call, from one that died."""
-    if child.kept and admitted is None and not child.doomed:
+    if admitted is None and not child.doomed:
         child.exited.wait(_EXIT_TIMEOUT_S)
-        if child.exit_code == 0:
+        if child.exit_code == EXIT_CUDA_BEFORE_SLOT or (child.kept and child.exit_code == 0):
             raise _Left
 
 
