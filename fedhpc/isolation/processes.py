@@ -274,8 +274,7 @@ class ChildPool:
                         if call.on_admitted is not None:
                             call.on_admitted(answer["gpu_before_bytes"])
                     case _:
-                        assert admitted is not None  # noqa: S101  (the child tells it first)
-                        return answer, fds, admitted
+                        return answer, fds, admitted or {}  # none: it failed before that
         except ConnectionError:
             _gone(child, admitted)
             return None
