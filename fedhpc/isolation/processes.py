@@ -39,6 +39,7 @@ class _Child:
     pid: int | None = None
     tag: str = ""
     kept: bool = False
+    need: Need | None = None  # what a kept one was admitted with
     waits_for: str = ""
     doomed: bool = False
     over_memory: bool = False
@@ -206,7 +207,7 @@ class ChildPool:
         called_s = time.monotonic()
         oom_kills = host_memory.oom_kills()
         while True:
-            child = self._take(call.slot, call.tag)
+            child = self._take(call)
             try:
                 if self._options.standby:
                     self._prepare_successor(call.slot)
@@ -227,7 +228,8 @@ class ChildPool:
         with self._lock:
             child.tag = ""
             if not (reply["last"] or child.doomed):
-                child.kept = True
+                if not child.kept:
+                    child.kept, child.need = True, call.need
                 self._kept[call.slot.index] = child
         if "error" in reply:
             raise failures.raised(reply)
@@ -312,12 +314,18 @@ class ChildPool:
 
     # --- children ---
 
-    def _take(self, slot: Slot, tag: str) -> _Child:
+    def _take(self, call: Call) -> _Child:
         """Return a child for a call: the slot's own, one that stands by, or a new one."""
+        slot = call.slot
         with self._lock:
             if self._closed:
                 raise PlatformError("the pool of children is closed")
             kept = self._kept.pop(slot.index, None)
+            if kept is not None and slot.gpus and not _is_enough(kept.need, call.need):
+                kept.doomed = True
+                if self._launcher is not None:
+                    self._launcher.kill_child(kept.number)
+                kept = None
             fitting = [child for child in self._ready if child.env == slot.env]
             candidates = [*([kept] if kept else []), *fitting]
             child = next((child for child in candidates if not child.exited.is_set()), None)
@@ -326,7 +334,7 @@ class ChildPool:
                 child = self._start_child(slot, prepare_now=not slot.gpus)
             elif child in self._ready:
                 self._ready.remove(child)
-            child.tag = tag
+            child.tag = call.tag
             return child
 
     def _prepare_successor(self, slot: Slot) -> None:
@@ -427,6 +435,17 @@ def _gone(child: _Child, admitted: dict[str, Any] | None) -> None:
         child.exited.wait(_EXIT_TIMEOUT_S)
         if child.exit_code == EXIT_CUDA_BEFORE_SLOT or (child.kept and child.exit_code == 0):
             raise _Left
+
+
+def _is_enough(promised: Need | None, need: Need | None) -> bool:
+    """Return whether the memory promised to a kept child is enough for a call."""
+    if promised is None:  # the whole GPU, without a cap
+        return True
+    return (
+        need is not None
+        and need.total_bytes <= promised.total_bytes
+        and need.cap_bytes <= promised.cap_bytes
+    )
 
 
 def _check_buffers(buffers: tuple[int, ...]) -> None:
