@@ -93,6 +93,8 @@ class Child:
                 self._done == self._options["fits"]
                 or self._failure is not None
                 or reply.get("out_of_memory", False)
+                # After some errors CUDA fails in this process for ever, and none tells which.
+                or ("error" in reply and cuda.is_initialised())
                 or self._is_in_the_way()
             )
             reply["last"] = last
