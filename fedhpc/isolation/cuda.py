@@ -1,5 +1,7 @@
 """What a child asks of torch about its GPU. Nothing here makes a CUDA context."""
 
+import ctypes
+import os
 import sys
 
 _OUT_OF_MEMORY = (
@@ -14,6 +16,18 @@ def is_initialised() -> bool:
     """Return whether this process has a CUDA context by torch."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_initialized()
+
+
+def driver_in_use() -> bool:
+    """Return whether anybody has initialised CUDA's driver in this process.
+
+    Then CUDA cannot be used in its forks. Already counting devices does it, without a context.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD)
+    except OSError:  # not loaded
+        return False
+    return bool(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 0)
 
 
 def cap(limit_bytes: int) -> None:
