@@ -185,8 +185,8 @@ class Child:
             wait_s = self._slot.wait_s
             if self._slot.reading is not None:
                 before = self._slot.reading.used_bytes
-            if call["cap_bytes"]:
-                cuda.cap(call["cap_bytes"])
+        if call["cap_bytes"] and self._done == 1:
+            cuda.cap(call["cap_bytes"])
         if call["host_bytes"] and self._done == 1 and not self._has_gpu:
             host_memory.limit_own_data(call["host_bytes"])
         lock = None if self._slot is None else self._slot.lock.index
