@@ -433,7 +433,9 @@ def _gone(child: _Child, admitted: dict[str, Any] | None) -> None:
     """Tell a child that had left by itself, before it saw the call, from one that died."""
     if admitted is None and not child.doomed:
         child.exited.wait(_EXIT_TIMEOUT_S)
-        if child.exit_code == EXIT_CUDA_BEFORE_SLOT or (child.kept and child.exit_code == 0):
+        # Only a child that stands by on a GPU leaves so, and after the first there are none.
+        stood_by = child.exit_code == EXIT_CUDA_BEFORE_SLOT and child.env["CUDA_VISIBLE_DEVICES"]
+        if stood_by or (child.kept and child.exit_code == 0):
             raise _Left
 
 
