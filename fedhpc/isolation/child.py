@@ -157,7 +157,10 @@ class Child:
                 )
         except BaseException as error:
             channel.close_all(reply_fds)
-            return {**_describe(error), **self._gpu_use()}, []
+            failure = _describe(error)
+            with contextlib.suppress(Exception):  # a broken context must not hide the error
+                failure |= self._gpu_use()
+            return failure, []
         return {
             "entered_s": entered_s,
             "returned_s": returned_s,
