@@ -346,7 +346,7 @@ def throughput(machine: Machine, repeats: int, fits: int, seconds: float) -> Non
     modes["fits_per_process=0"] = {"fits_per_process": 0}
     end_s = time.monotonic() + seconds
     for mode, options in modes.items():
-        with machine.pool(**options) as pool, lock_folder() as folder:
+        with lock_folder() as folder, machine.pool(**options) as pool:
             for count in machine.counts():
                 rates: list[float] = []
                 slots = machine.slots(count, folder)
