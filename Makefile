@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slurm check proto clean
+.PHONY: help demo test test-slurm test-gpu check proto clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -20,6 +20,9 @@ test-slurm: $(VENV)/.installed-test  ## Run the tests on a real Slurm, made on t
 	trap '$(BIN)/python tests/devcluster/devcluster.py down' EXIT; \
 	$(BIN)/python tests/devcluster/devcluster.py up $(DEVCLUSTER) && \
 	$(BIN)/python -m pytest tests/slurm $(PYTEST_ARGS)
+
+test-gpu: $(VENV)/.installed-test  ## Run the tests on the GPU of this machine, which nobody else should use
+	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
 
 check: $(VENV)/.installed-check  ## Check style, types and layers
 	$(BIN)/ruff format --check .

@@ -82,7 +82,11 @@ class PoolOptions:
     def env(self) -> dict[str, str]:
         """Return the environment of the fork server and its children."""
         threads = str(self.threads_per_fit)
+        # Of a MIG device torch asks CUDA, not NVML, and then no fork can use CUDA any more. So the
+        # fork server sees the card; each child is told its own device.
+        mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
         return {
+            **({"CUDA_VISIBLE_DEVICES": "0"} if mig else {}),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": threads,

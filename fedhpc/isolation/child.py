@@ -98,6 +98,8 @@ class Child:
                 or self._failure is not None
                 or reply.get("out_of_memory", False)
                 or reply.get("refused_memory", False)
+                # After some errors CUDA fails in this process for ever, and none tells which.
+                or ("error" in reply and cuda.is_initialised())
                 or self._is_in_the_way()
             )
             reply["last"] = last
@@ -172,7 +174,10 @@ class Child:
             refused = self._limited and host_memory.is_refused(error)
             if refused:
                 host_memory.lift_limit()  # to say it takes memory too; then this process leaves
-            return {**_describe(error), "refused_memory": refused, **self._gpu_use()}, []
+            failure = {**_describe(error), "refused_memory": refused}
+            with contextlib.suppress(Exception):  # a broken context must not hide the error
+                failure |= self._gpu_use()
+            return failure, []
         return {
             "entered_s": entered_s,
             "returned_s": returned_s,
@@ -192,7 +197,7 @@ class Child:
 
     def _take_slot(self, call: dict[str, Any]) -> float:
         """Wait for a slot and memory, unless they are there from the call before."""
-        wait_s, before = 0.0, None
+        wait_s, before, terms = 0.0, None, admission.Terms()
         if call["request"] is not None and self._slot is None:
             request = admission.Request(**call["request"])
             self._slot = admission.admit(request, self._ask, self._tell_waiting)
@@ -201,8 +206,10 @@ class Child:
             terms = self._slot.terms
             if isinstance(terms.reading, Reading):
                 before = terms.reading.used_bytes
-            if terms.cap_bytes:
-                cuda.cap(terms.cap_bytes)
+        elif self._has_gpu and self._done == 1:  # no locks, but its share is its share
+            terms = self._ask()
+        if terms.cap_bytes:
+            cuda.cap(terms.cap_bytes)
         if call["host_bytes"] and self._done == 1 and not self._has_gpu:
             host_memory.limit_own_data(call["host_bytes"])
             self._limited = True

@@ -1,12 +1,18 @@
 """What a child asks of torch about its GPU. Nothing here makes a CUDA context."""
 
+import ctypes
+import os
 import sys
 
 _OUT_OF_MEMORY = (
     "CUDA out of memory",
     "CUDA error: out of memory",
+    "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",  # cuDNN 8; 9 has the two below
+    "CUDNN_STATUS_INTERNAL_ERROR_HOST_ALLOCATION_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
 )
 
 
@@ -14,6 +20,18 @@ def is_initialised() -> bool:
     """Return whether this process has a CUDA context by torch."""
     torch = sys.modules.get("torch")
     return torch is not None and torch.cuda.is_initialized()
+
+
+def driver_in_use() -> bool:
+    """Return whether anybody has initialised CUDA's driver in this process.
+
+    Then CUDA cannot be used in its forks. Already counting devices does it, without a context.
+    """
+    try:
+        driver = ctypes.CDLL("libcuda.so.1", mode=os.RTLD_NOLOAD)
+    except OSError:  # not loaded
+        return False
+    return bool(driver.cuDeviceGetCount(ctypes.byref(ctypes.c_int())) == 0)
 
 
 def cap(limit_bytes: int) -> None:

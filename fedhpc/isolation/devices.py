@@ -104,7 +104,15 @@ def device_of_this_child() -> "torch.device":
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     if not visible:
         return torch.device("cpu")
-    if not torch.cuda.is_available():
+    # NVML also shows GPUs whose driver is too old for this torch. CUDA, which knows, may be asked
+    # now that there is a slot.
+    by_nvml = os.environ.pop("PYTORCH_NVML_BASED_CUDA_CHECK", None)
+    try:
+        usable = torch.cuda.is_available()
+    finally:
+        if by_nvml is not None:
+            os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = by_nvml
+    if not usable:
         raise PlatformError(
             f"isolation.device: GPU {visible} was allotted, but torch {torch.__version__} (built"
             f" for CUDA {torch.version.cuda}) cannot use it with driver {driver_version()}",

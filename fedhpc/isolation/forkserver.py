@@ -59,6 +59,8 @@ class ForkServer:
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._live: dict[int, int] = {}  # pid -> the number the array task knows it by
         self._pid = os.getpid()
+        self._refusal = ""  # why children cannot use CUDA
+        self._has_context = False
 
     def serve(self) -> None:
         """Serve until the array task closes its end."""
@@ -117,8 +119,11 @@ class ForkServer:
 
     def _check_for_cuda(self, what: str) -> None:
         """Let no child start its work if CUDA is in use here: it cannot be used after a fork."""
-        if cuda.is_initialised() and not self._options["child"]["refuse"]:
-            self._options["child"]["refuse"] = (
+        if self._refusal:
+            return
+        self._has_context = cuda.is_initialised()
+        if self._has_context or cuda.driver_in_use():
+            self._refusal = (
                 f"{what} used CUDA in the fork server, so no child can use it any more"
                 "\n  Hint: leave it out of isolation.preload, or set isolation.start_method: spawn"
             )
@@ -186,7 +191,10 @@ class ForkServer:
                     sys.executable, [*python, "-m", "fedhpc.isolation.child", str(channel_fd)]
                 )
             sock = socket.socket(fileno=channel_fd)
-            code = child.Child(sock, {**self._options["child"], **options}).serve()
+            refuse = self._has_context or bool(options["env"].get("CUDA_VISIBLE_DEVICES"))
+            options = {**self._options["child"], **options}
+            options["refuse"] = self._refusal if refuse else ""
+            code = child.Child(sock, options).serve()
         except BaseException:
             sys.excepthook(*sys.exc_info())
         finally:

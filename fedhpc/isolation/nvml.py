@@ -81,7 +81,8 @@ class Nvml:
         Each is a list: of the card itself, or of its MIG devices if it is in MIG mode.
         """
         count = self._ask("the number of GPUs", self._pynvml.nvmlDeviceGetCount)
-        return [self._card(index) for index in range(count)]
+        cards = (self._card(index) for index in range(count))
+        return [card for card in cards if card is not None]
 
     def memory(self, gpu: Gpu) -> Reading:
         """Read the memory of a GPU.
@@ -107,9 +108,15 @@ class Nvml:
                 processes[int(process.pid)] = process.usedGpuMemory
         return Reading(int(memory.total), int(memory.free), processes)
 
-    def _card(self, index: int) -> list[Gpu]:
+    def _card(self, index: int) -> list[Gpu] | None:
         pynvml, what = self._pynvml, f"GPU {index}"
-        handle = self._ask(what, pynvml.nvmlDeviceGetHandleByIndex, index)
+        try:
+            handle = self._ask(what, pynvml.nvmlDeviceGetHandleByIndex, index)
+        except PlatformError as error:
+            # NVML counts the GPUs of other jobs too, which the job's control group forbids.
+            if isinstance(error.__cause__, pynvml.NVMLError_NoPermission):
+                return None
+            raise
         try:
             mig_mode, _ = pynvml.nvmlDeviceGetMigMode(handle)
         except pynvml.NVMLError:  # a card without MIG

@@ -56,7 +56,7 @@ class _Child:
 
 
 class _Left(Exception):
-    """A child that was kept has left: the call is another's."""
+    """A child that was kept, or stood by, has left: the call is another's."""
 
 
 class ChildPool:

@@ -1,0 +1,5 @@
+"""A module that asks CUDA for its devices when it is imported."""
+
+import gpu_device
+
+gpu_device.count_devices()
