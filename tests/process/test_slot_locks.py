@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import entries
-import gpu_entries
 import pytest
+import sharing_entries
 from entries import Background, wait_until
-from gpu_entries import (
+from sharing_entries import (
     KEY,
     finish,
     held,
@@ -338,7 +338,7 @@ def test_calls_that_meet_leaving_children_are_not_lost(fits: int, folder: Path) 
 
 def test_a_call_that_meets_an_idle_child_on_its_way_out_is_not_lost(folder: Path) -> None:
     (slot,) = slots(folder, 1)
-    options = light(fits_per_process=0, prepare="gpu_entries:impatient", prepare_arg="0.01")
+    options = light(fits_per_process=0, prepare="sharing_entries:impatient", prepare_arg="0.01")
     with ChildPool(options) as pool:
         answers = []
         for number in range(50):
@@ -350,7 +350,7 @@ def test_a_call_that_meets_an_idle_child_on_its_way_out_is_not_lost(folder: Path
 
 def test_an_idle_kept_child_leaves_and_its_slot_is_free(folder: Path) -> None:
     (slot,) = slots(folder, 1)
-    options = light(fits_per_process=0, prepare="gpu_entries:impatient", prepare_arg="0.3")
+    options = light(fits_per_process=0, prepare="sharing_entries:impatient", prepare_arg="0.3")
     with ChildPool(options) as pool:
         kept = value_of(pool, slot, "pid")
         assert wait_until(lambda: not pool.children())
@@ -376,8 +376,8 @@ def test_no_descendant_of_a_killed_child_keeps_its_slot(folder: Path, tmp_path: 
         found = descendants(tmp_path / "m")
         assert len(found) == 6
         (child,) = held(folder)
-        assert gpu_entries.lock_files_of(child, folder) == [f"{KEY}.0"]
-        assert {way: gpu_entries.lock_files_of(pid, folder) for way, pid in found.items()} == {
+        assert sharing_entries.lock_files_of(child, folder) == [f"{KEY}.0"]
+        assert {way: sharing_entries.lock_files_of(pid, folder) for way, pid in found.items()} == {
             way: [] for way in found
         }
         server = entries.fork_server_of(os.getpid())

@@ -14,7 +14,7 @@ from typing import Any
 import entries
 import pytest
 from entries import Background, wait_until
-from gpu_entries import (
+from sharing_entries import (
     KEY,
     finish,
     held,
@@ -423,11 +423,11 @@ def test_an_app_whose_import_uses_cuda_is_imported_inside_the_slot(
     folder: Path, log: Path, memory: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (slot,) = slots(folder, 1)
-    options = {"preload": ["torch", "gpu_entries"], "standby": True}
+    options = {"preload": ["torch", "sharing_entries"], "standby": True}
     nvml = SimulatedNvml(folder=memory)
     with (
         caplog.at_level(logging.WARNING),
-        sharing(nvml, **options, prepare="gpu_entries:use_cuda", prepare_arg=str(log)) as pool,
+        sharing(nvml, **options, prepare="sharing_entries:use_cuda", prepare_arg=str(log)) as pool,
     ):
         reply = reply_of(pool, slot, "occupy", str(log), 0.1, need_gb=3)
         assert reply.gpu_peak_bytes == 3 * GB
@@ -451,11 +451,11 @@ def test_a_child_that_stands_by_and_uses_cuda_leaves_by_itself(
     folder: Path, log: Path, memory: Path
 ) -> None:
     (slot,) = slots(folder, 1)
-    options = {"preload": ["torch", "gpu_entries"], "standby": True}
+    options = {"preload": ["torch", "sharing_entries"], "standby": True}
     with sharing(
         SimulatedNvml(folder=memory),
         **options,
-        prepare="gpu_entries:use_cuda",
+        prepare="sharing_entries:use_cuda",
         prepare_arg=str(log),
     ) as pool:
         value_of(pool, slot, "pid", need_gb=3)

@@ -25,7 +25,7 @@ from fedhpc.isolation.admission import Request, Terms, admit
 from fedhpc.isolation.locks import SlotGroup
 
 KEY = CARD.id
-PRELOAD = ["json", "gpu_entries"]
+PRELOAD = ["json", "sharing_entries"]
 
 # --- the tests' side ---
 
@@ -47,7 +47,7 @@ def reply_of(
     need = None if need_gb is None else Need(int(need_gb * GB), 0)
     defaults = {"timeout_s": 30.0, "slot_timeout_s": 30.0, "capped": False, "need": need}
     try:
-        return pool.run(f"gpu_entries:{name}", [fd], slot=slot, **{**defaults, **more})
+        return pool.run(f"sharing_entries:{name}", [fd], slot=slot, **{**defaults, **more})
     finally:
         os.close(fd)
 
@@ -287,7 +287,7 @@ def use_cuda(log: str) -> None:
     torch.cuda.memory_reserved = lambda *_: 2 * GB
 
 
-# --- processes of their own: python gpu_entries.py STAGE SETTINGS ---
+# --- processes of their own: python sharing_entries.py STAGE SETTINGS ---
 
 
 def make_calls(
