@@ -127,6 +127,7 @@ def test_a_slot_is_free_after_the_end_of_its(
         with rival(stage, folder):
             running = Background(slot_entries.begin, pool, stage, folder, marker)
             assert wait_until(lambda: slot_entries.reached(pool, stage, marker), 20)
+            assert wait_until(lambda: len(pool.children()) == 1)  # the fork server tells later
             before = [pid for pid, _ in entries.processes_with(token)]
             (child,) = pool.children()
             expected: type[FitDied] = FitKilled
@@ -173,6 +174,7 @@ def test_what_a_killed_waiter_wrote_into_the_gate_is_not_believed(
         with rival(stage, folder):
             running = Background(slot_entries.begin, pool, stage, folder, marker)
             assert wait_until(lambda: SlotGroup(folder, KEY).gate().waiting() != "", 20)
+            assert wait_until(lambda: len(pool.children()) == 1)
             (child,) = pool.children()
             os.kill(child, signal.SIGKILL)
             with pytest.raises(FitKilled):
