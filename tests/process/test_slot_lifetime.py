@@ -88,9 +88,7 @@ def check_that_the_next_fit_gets_the_slot(folder: Path) -> None:
     card = slot_entries.Card()
     options = PoolOptions(preload=["json"], standby=False)
     with ChildPool(options, card) as pool:  # type: ignore[arg-type]
-        reply = slot_entries.run(
-            pool, "entries:add", 1, 2, slot=slot_in(folder), timeout_s=GONE_WITHIN_S
-        )
+        reply = slot_entries.run(pool, "entries:add", 1, 2, slot=slot_in(folder))
         assert entries.read(reply.buffers[0]) == b"3"
         assert reply.wait_s < GONE_WITHIN_S
         reply.close()
