@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fedhpc.errors import PlatformError
@@ -18,6 +19,7 @@ from fedhpc.isolation.nvml import Reading
 GB = 1e9
 
 _SLOT_POLL_S = 0.002
+_LONG_POLL_S = 0.01
 _MEMORY_POLL_S = 0.05
 _TELL_FIRST_S = 0.2  # most waits are for the end of a fit that is about to end
 _TELL_AGAIN_S = 1.0
@@ -161,10 +163,14 @@ def admit(request: Request, ask: Callable[[], Terms], tell: Callable[[str], None
                 if not announced:
                     gate.announce(request.label)
                     announced = True
-                if str(wait) != told and time.monotonic() > tell_s:
-                    told, tell_s = str(wait), time.monotonic() + _TELL_AGAIN_S
-                    tell(told)
-                time.sleep(wait.pause_s)
+                if time.monotonic() > tell_s:
+                    tell_s = time.monotonic() + _TELL_AGAIN_S
+                    if (reason := wait.reason()) != told:
+                        told = reason
+                        tell(told)
+                # Who has waited for long can wait a little more, and leave the core to others.
+                waited_s = time.monotonic() - start_s
+                time.sleep(max(wait.pause_s, min(_LONG_POLL_S, waited_s / 1000)))
             else:
                 return Admission(lock, time.monotonic() - start_s, terms)
 
@@ -173,9 +179,7 @@ def _take(request: Request, group: SlotGroup, ask: Callable[[], Terms]) -> tuple
     """Take a slot if there is one, and memory for it; raise `_Wait` if not."""
     lock = group.take(request.limit)
     if lock is None:
-        names = ", ".join(map(str, group.holders()[: request.limit]))
-        slots = "the slot" if request.limit == 1 else f"all {request.limit} slots"
-        raise _Wait(f"{slots} of {request.place} held by {names or 'somebody'}", _SLOT_POLL_S)
+        raise _Wait(lambda: _held(request, group), _SLOT_POLL_S)
     others: list[Holder] = []
     reading, terms = None, Terms()
     try:
@@ -184,10 +188,10 @@ def _take(request: Request, group: SlotGroup, ask: Callable[[], Terms]) -> tuple
             terms = ask()
             request = replace(request, need_bytes=terms.need_bytes, least_bytes=terms.least_bytes)
             if isinstance(terms.reading, str):
-                raise _Wait(terms.reading, _MEMORY_POLL_S)
+                raise _Wait(partial(str, terms.reading), _MEMORY_POLL_S)
             reading = terms.reading
             if missing := shortage(request, reading, others):
-                raise _Wait(missing, _MEMORY_POLL_S)
+                raise _Wait(partial(str, missing), _MEMORY_POLL_S)
         lock.write(_as_holder(request, lock.index, reading, others))
     except BaseException:
         lock.release()
@@ -195,11 +199,19 @@ def _take(request: Request, group: SlotGroup, ask: Callable[[], Terms]) -> tuple
     return lock, terms
 
 
-class _Wait(Exception):
-    """Not now: look again after a pause."""
+def _held(request: Request, group: SlotGroup) -> str:
+    """Return who holds the slots that a fit waits for."""
+    names = ", ".join(map(str, group.holders()[: request.limit]))
+    slots = "the slot" if request.limit == 1 else f"all {request.limit} slots"
+    return f"{slots} of {request.place} held by {names or 'somebody'}"
 
-    def __init__(self, reason: str, pause_s: float) -> None:
-        super().__init__(reason)
+
+class _Wait(Exception):
+    """Not now: look again after a pause; the reason is asked for only where it is told."""
+
+    def __init__(self, reason: Callable[[], str], pause_s: float) -> None:
+        super().__init__()
+        self.reason = reason
         self.pause_s = pause_s
 
 

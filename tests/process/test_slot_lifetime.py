@@ -88,9 +88,7 @@ def check_that_the_next_fit_gets_the_slot(folder: Path) -> None:
     card = slot_entries.Card()
     options = PoolOptions(preload=["json"], standby=False)
     with ChildPool(options, card) as pool:  # type: ignore[arg-type]
-        reply = slot_entries.run(
-            pool, "entries:add", 1, 2, slot=slot_in(folder), timeout_s=GONE_WITHIN_S
-        )
+        reply = slot_entries.run(pool, "entries:add", 1, 2, slot=slot_in(folder))
         assert entries.read(reply.buffers[0]) == b"3"
         assert reply.wait_s < GONE_WITHIN_S
         reply.close()
@@ -127,6 +125,7 @@ def test_a_slot_is_free_after_the_end_of_its(
         with rival(stage, folder):
             running = Background(slot_entries.begin, pool, stage, folder, marker)
             assert wait_until(lambda: slot_entries.reached(pool, stage, marker), 20)
+            assert wait_until(lambda: len(pool.children()) == 1)  # the fork server tells later
             before = [pid for pid, _ in entries.processes_with(token)]
             (child,) = pool.children()
             expected: type[FitDied] = FitKilled
@@ -173,6 +172,7 @@ def test_what_a_killed_waiter_wrote_into_the_gate_is_not_believed(
         with rival(stage, folder):
             running = Background(slot_entries.begin, pool, stage, folder, marker)
             assert wait_until(lambda: SlotGroup(folder, KEY).gate().waiting() != "", 20)
+            assert wait_until(lambda: len(pool.children()) == 1)
             (child,) = pool.children()
             os.kill(child, signal.SIGKILL)
             with pytest.raises(FitKilled):
