@@ -63,13 +63,6 @@ def test_calls_at_once_after_another_survive_an_app_whose_import_uses_cuda(
         assert wait_until(lambda: not pool.children())
 
 
-def test_an_unusable_lock_file_fails_the_call_and_is_named(slot: Slot, tmp_path: Path) -> None:
-    assert slot.lock_folder is not None
-    (slot.lock_folder / f"{GPU.id}.0").symlink_to(tmp_path / "elsewhere")
-    with ChildPool(light()) as pool, pytest.raises(FitFailed, match="found a symbolic link"):
-        call(pool, "pid", slot=slot)
-
-
 def test_a_kept_child_is_replaced_after_an_error_on_a_gpu(slot: Slot) -> None:
     options = light(fits_per_process=0, prepare="pretended_gpu:make_context")
     with ChildPool(options) as pool:
