@@ -71,6 +71,8 @@ class Request:
         GPU memory that is enough where it has no neighbours; None: ``need_bytes``.
     alone : bool
         Whether it wants the GPU for itself. So does a fit whose need is not known.
+    exclusive : bool
+        Whether the GPU lets one process at a time use it.
     """
 
     folder: str
@@ -81,6 +83,7 @@ class Request:
     need_bytes: int | None = None
     least_bytes: int | None = None
     alone: bool = False
+    exclusive: bool = False
 
     @property
     def place(self) -> str:
@@ -227,6 +230,9 @@ def shortage(request: Request, reading: Reading | None, others: list[Holder]) ->
     others : list of Holder
         Who holds slots of it, in this and other runs.
     """
+    if request.exclusive and reading is not None and reading.processes:
+        pids = ", ".join(map(str, reading.processes))
+        return f"{request.place} lets one process at a time use it, now pid {pids}"
     by = ", ".join(map(str, others))
     needs_all = request.alone or (reading is not None and request.need_bytes is None)
     if any(holder.reserved_bytes is None for holder in others):

@@ -150,6 +150,7 @@ class Call:
                     label=self.label or f"pid {os.getpid()}",
                     gpu=bool(slot.gpus),
                     alone=alone,
+                    exclusive=any(gpu.exclusive for gpu in slot.gpus),
                 )
             )
         return {"entry": self.entry, "request": request, "host_bytes": host_bytes}

@@ -44,7 +44,8 @@ def allotted_gpus(slurm_gpus: Sequence[str], nvml: Nvml | None) -> list[Gpu]:
         if nvml is None:
             return [Gpu(name) for name in names]
         source = f"CUDA_VISIBLE_DEVICES={visible}"
-        return [gpu for name in names for gpu in _find(name, cards, source)]
+        found = [gpu for name in names for gpu in _find(name, cards, source)]
+        return list(dict.fromkeys(found))
     if not slurm_gpus or len(cards) == len(slurm_gpus):  # in Slurm's cgroup indices begin at 0
         if slurm_gpus and not cards:
             raise _not_there(slurm_gpus, cards)

@@ -25,11 +25,14 @@ class Gpu:
         Of the card; "" where NVML does not tell it.
     total_bytes : int
         Memory; 0 where NVML does not tell it, and nothing can be said about use either.
+    exclusive : bool
+        Whether it lets one process at a time use it (compute mode EXCLUSIVE_PROCESS).
     """
 
     id: str
     name: str = ""
     total_bytes: int = 0
+    exclusive: bool = False
 
 
 @dataclass(frozen=True)
@@ -138,7 +141,11 @@ class Nvml:
             name = str(self._ask(what, self._pynvml.nvmlDeviceGetName, handle))
         with contextlib.suppress(PlatformError):  # cards that share the host's memory have none
             total = int(self._ask(what, self._pynvml.nvmlDeviceGetMemoryInfo, handle).total)
-        return Gpu(uuid, name, total)
+        exclusive = False
+        with contextlib.suppress(PlatformError):  # not told of MIG devices
+            mode = self._ask(what, self._pynvml.nvmlDeviceGetComputeMode, handle)
+            exclusive = mode == self._pynvml.NVML_COMPUTEMODE_EXCLUSIVE_PROCESS
+        return Gpu(uuid, name, total, exclusive)
 
     def _ask(self, what: str, function: Callable[..., T], *arguments: Any) -> T:
         pynvml = self._pynvml

@@ -1,14 +1,9 @@
 """A pool of child processes: calls in, replies out, each call in a slot."""
 
-import contextlib
 import logging
-import math
 import os
-import socket
-import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -22,37 +17,13 @@ from fedhpc.errors import (
 from fedhpc.isolation import channel, failures, host_memory
 from fedhpc.isolation.admission import Need, check_need
 from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT, Call, PoolOptions, Reply
-from fedhpc.isolation.launcher import Launcher
+from fedhpc.isolation.children import Child, Children, wanted_bytes
 from fedhpc.isolation.nvml import Nvml, Reading
 from fedhpc.isolation.slots import Slot
 
 logger = logging.getLogger(__name__)
 
 _EXIT_TIMEOUT_S = 5.0
-_START_TRIES = 5
-
-
-@dataclass(eq=False)
-class _Child:
-    number: int
-    generation: int  # of the fork server
-    sock: socket.socket
-    env: dict[str, str]  # of the slot it was made for
-    pid: int | None = None
-    tag: str = ""
-    kept: bool = False
-    promise: float = 0  # bytes of its GPU that it was admitted for; inf: all of them
-    waits_for: str = ""
-    doomed: bool = False
-    over_memory: bool = False
-    exit_code: int | None = None
-    exited: threading.Event = field(default_factory=threading.Event)
-
-    def end(self, exit_code: int | None) -> None:
-        self.exit_code = exit_code
-        self.exited.set()
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)  # wakes a reader, also if a fork keeps it open
 
 
 class _Left(Exception):
@@ -75,15 +46,7 @@ class ChildPool:
     def __init__(self, options: PoolOptions, nvml: Nvml | None = None) -> None:
         self._options = options
         self._nvml = nvml
-        self._lock = threading.Lock()
-        self._live: dict[int, _Child] = {}
-        self._ready: list[_Child] = []
-        self._kept: dict[int, _Child] = {}  # by slot
-        self._numbers = 0
-        self._generation = 0
-        self._closed = False
-        self._cuda_before_slot = False
-        self._launcher: Launcher | None = None
+        self._children = Children(options)
 
     def __enter__(self) -> Self:
         self.start()
@@ -99,16 +62,11 @@ class ChildPool:
 
     def start(self) -> None:
         """Start the fork server. It preloads in the background; the first call waits for it."""
-        with self._lock:
-            self._ensure_launcher()
+        self._children.start()
 
     def close(self) -> None:
         """End the fork server and every child; returns when they are gone."""
-        with self._lock:
-            self._closed = True
-            launcher, self._launcher = self._launcher, None
-        if launcher is not None:
-            launcher.close()
+        self._children.close()
 
     def run(
         self,
@@ -173,36 +131,23 @@ class ChildPool:
 
     def cancel(self, tag: str) -> None:
         """Kill the children of calls with this tag; the calls raise `FitDied`."""
-        with self._lock:
-            children = [child for child in self._live.values() if tag and child.tag == tag]
-            for child in children:
-                child.doomed = True
-        for child in children:
-            self._ask_to_kill(child)
+        self._children.cancel(tag)
 
     def kill_for_memory(self, pid: int) -> None:
         """Kill a child that used more host memory than it may; its call raises `FitDied`."""
-        with self._lock:
-            children = [child for child in self._live.values() if child.pid == pid]
-            for child in children:
-                child.doomed = child.over_memory = True
-        for child in children:
-            self._ask_to_kill(child)
+        self._children.kill_for_memory(pid)
 
     def children(self) -> dict[int, str]:
         """Return the live children by pid: the tag of their call, "" between calls."""
-        with self._lock:
-            return {child.pid: child.tag for child in self._live.values() if child.pid is not None}
+        return self._children.pids()
 
     def waiting(self) -> list[str]:
         """Return what calls wait for that have no slot yet, in words."""
-        with self._lock:
-            return sorted({child.waits_for for child in self._live.values() if child.waits_for})
+        return self._children.waiting()
 
     def fork_server(self) -> int | None:
         """Return the pid of the fork server, if it lives."""
-        with self._lock:
-            return None if self._launcher is None else self._launcher.pid
+        return self._children.fork_server()
 
     # --- calls ---
 
@@ -210,7 +155,7 @@ class ChildPool:
         called_s = time.monotonic()
         oom_kills = host_memory.oom_kills()
         while True:
-            child = self._take(call)
+            child = self._children.take(call)
             try:
                 received = self._exchange(child, call, alone=alone)
                 break
@@ -219,18 +164,14 @@ class ChildPool:
             except BaseException:
                 # Not waited for: whoever interrupts the caller must not wait for the child.
                 child.doomed = True
-                self._ask_to_kill(child)
+                self._children.kill(child)
                 raise
             finally:
                 child.waits_for = ""
         if received is None:
             raise self._death(child, oom_kills)
         reply, fds, admitted = received
-        with self._lock:
-            child.tag = ""
-            if not (reply["last"] or child.doomed):
-                child.kept = True
-                self._kept[call.slot.index] = child
+        self._children.answered(child, call.slot, keep=not reply["last"])
         if lost := reply.get("lost_lock"):
             logger.warning(
                 "isolation.lock_dir: %s was removed while a fit held it, so more fits than allowed"
@@ -255,7 +196,7 @@ class ChildPool:
         )
 
     def _exchange(
-        self, child: _Child, call: Call, *, alone: bool
+        self, child: Child, call: Call, *, alone: bool
     ) -> tuple[dict[str, Any], list[int], dict[str, Any]] | None:
         """Send a call, answer the child's questions and wait for its reply; None if it is gone."""
         deadline_s = time.monotonic() + call.slot_timeout_s
@@ -274,7 +215,7 @@ class ChildPool:
                     case "terms?":
                         terms = call.terms(self._read_memory(call.slot), alone=alone)
                         if admitted is None:
-                            child.promise = _wanted(None if alone else terms["need_bytes"])
+                            child.promise = wanted_bytes(None if alone else terms["need_bytes"])
                         channel.send(child.sock, terms)
                     case "waiting":
                         child.waits_for = answer["reason"]
@@ -283,7 +224,7 @@ class ChildPool:
                         admitted, child.waits_for = answer, ""
                         deadline_s = time.monotonic() + call.timeout_s
                         if self._options.standby:  # not sooner: the fork takes a core
-                            self._prepare_successor(call.slot)
+                            self._children.prepare_successor(call.slot)
                         if call.on_admitted is not None:
                             call.on_admitted(answer["gpu_before_bytes"])
                     case _:
@@ -294,7 +235,7 @@ class ChildPool:
             _gone(child, admitted)
             return None
         except TimeoutError:
-            self._ask_to_kill(child)
+            self._children.kill(child)
             child.exited.wait(_EXIT_TIMEOUT_S)
             raise failures.too_late(call, child.waits_for, admitted=admitted is not None) from None
         except OSError as error:
@@ -314,10 +255,10 @@ class ChildPool:
         except PlatformError as error:
             return error.message
 
-    def _death(self, child: _Child, oom_kills: tuple[int, int]) -> FitDied:
+    def _death(self, child: Child, oom_kills: tuple[int, int]) -> FitDied:
         told = child.exited.wait(1.0)
         if not told and not (_has_ended(child.pid) and child.exited.wait(_EXIT_TIMEOUT_S)):
-            self._ask_to_kill(child)
+            self._children.kill(child)
             child.exited.wait(_EXIT_TIMEOUT_S)
             return FitDied(
                 "the child closed its channel and lived on; it was killed",
@@ -328,129 +269,8 @@ class ChildPool:
         limit = self._options.host_memory_bytes if child.over_memory else None
         return failures.died(child.exit_code, oom_kills, limit)
 
-    # --- children ---
 
-    def _take(self, call: Call) -> _Child:
-        """Return a child for a call: the slot's own, one that stands by, or a new one."""
-        slot, need = call.slot, call.need()
-        wanted = _wanted(need.total_bytes if need else None)
-        with self._lock:
-            if self._closed:
-                raise PlatformError("the pool of children is closed")
-            kept = self._kept.pop(slot.index, None)
-            if kept and slot.gpus and slot.lock_folder and wanted > kept.promise:
-                kept.doomed = True  # it would use more than others know of: admission begins anew
-                if self._launcher is not None:
-                    self._launcher.kill_child(kept.number)
-                kept = None
-            fitting = [child for child in self._ready if child.env == slot.env]
-            candidates = [*([kept] if kept else []), *fitting]
-            child = next((child for child in candidates if not child.exited.is_set()), None)
-            if child is None:
-                # A context that an app's import makes must lie in a slot too.
-                child = self._start_child(slot, prepare_now=not slot.gpus)
-            elif child in self._ready:
-                self._ready.remove(child)
-            child.tag = call.tag
-            return child
-
-    def _prepare_successor(self, slot: Slot) -> None:
-        """Start the child that will follow one of those that work now."""
-        if self._options.fits_per_process != 1 or (slot.gpus and self._cuda_before_slot):
-            return  # kept children: the rare replacement is not worth an idle process
-        with self._lock:
-            alike = [child for child in self._live.values() if child.env == slot.env]
-            ready = sum(child in self._ready for child in alike)
-            if ready < len(alike) - ready and not self._closed:
-                with contextlib.suppress(PlatformError):  # the next call will say it
-                    self._ready.append(self._start_child(slot, prepare_now=True))
-
-    def _start_child(self, slot: Slot, *, prepare_now: bool) -> _Child:
-        """Ask the fork server for a child; the lock is held."""
-        options = {"env": slot.env, "prepare_now": prepare_now}
-        for _ in range(_START_TRIES):
-            launcher = self._ensure_launcher()
-            ours, theirs = channel.pair()
-            self._numbers += 1
-            child = _Child(self._numbers, self._generation, ours, slot.env)
-            with theirs:
-                try:
-                    launcher.start_child(child.number, theirs, options)
-                    if self._options.start_method == "spawn":
-                        channel.send(ours, {**self._options.for_child(), **options})
-                except ConnectionError:
-                    ours.close()
-                    self._launcher = None  # it just died: the next try starts another
-                    continue
-            self._live[child.number] = child
-            return child
-        raise PlatformError(
-            f"no child could be started in {_START_TRIES} tries: the fork server dies",
-            "its output is in this process's log",
-        )
-
-    def _ask_to_kill(self, child: _Child) -> None:
-        with self._lock:
-            if self._launcher is not None:
-                self._launcher.kill_child(child.number)
-
-    # --- the fork server ---
-
-    def _ensure_launcher(self) -> Launcher:
-        """Return a launcher whose fork server is believed to live; the lock is held."""
-        if self._closed:
-            raise PlatformError("the pool of children is closed")
-        if self._launcher is None:
-            self._generation = generation = self._generation + 1
-            self._launcher = Launcher(
-                self._options.for_fork_server(),
-                self._options.env(),
-                self._note,
-                lambda: self._note_end(generation),
-            )
-        return self._launcher
-
-    def _note(self, message: dict[str, Any]) -> None:
-        """Note that a child has started or ended."""
-        with self._lock:
-            child = self._live.get(message["number"])
-            if child is None:
-                return
-            if message["event"] == "started":
-                child.pid = message["pid"]
-                return
-            del self._live[child.number]
-            if child in self._ready:
-                self._ready.remove(child)
-            if message["code"] == EXIT_CUDA_BEFORE_SLOT and not self._cuda_before_slot:
-                self._cuda_before_slot = True
-                logger.warning(
-                    "the app's import uses CUDA: from now on no child is prepared in advance on a"
-                    " GPU, as it would use memory outside of its slot"
-                )
-        child.end(message["code"])
-
-    def _note_end(self, generation: int) -> None:
-        """Note that a fork server and its children are gone."""
-        with self._lock:
-            if not self._closed:
-                logger.warning("the fork server ended unexpectedly")
-                if generation == self._generation:
-                    self._launcher = None  # the next call starts another
-            children = [c for c in self._live.values() if c.generation == generation]
-            for child in children:
-                del self._live[child.number]
-                if child in self._ready:
-                    self._ready.remove(child)
-        for child in children:
-            child.end(None)
-
-
-def _wanted(need_bytes: int | None) -> float:
-    return math.inf if need_bytes is None else need_bytes
-
-
-def _gone(child: _Child, admitted: dict[str, Any] | None) -> None:
+def _gone(child: Child, admitted: dict[str, Any] | None) -> None:
     """Tell a child that had left by itself, before it saw the call, from one that died."""
     if admitted is not None or child.doomed:
         return
@@ -462,6 +282,13 @@ def _gone(child: _Child, admitted: dict[str, Any] | None) -> None:
         raise _Left
 
 
+def _check_buffers(buffers: tuple[int, ...]) -> None:
+    if len(buffers) > channel.MAX_FDS:
+        raise ValueError(f"expected at most {channel.MAX_FDS} buffers, found {len(buffers)}")
+    for fd in buffers:
+        os.fstat(fd)  # a bad descriptor is the caller's error, not the child's
+
+
 def _has_ended(pid: int | None) -> bool:
     """Return whether a child has ended, though its fork server has not told yet."""
     if pid is None:
@@ -470,10 +297,3 @@ def _has_ended(pid: int | None) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except OSError:
         return True
-
-
-def _check_buffers(buffers: tuple[int, ...]) -> None:
-    if len(buffers) > channel.MAX_FDS:
-        raise ValueError(f"expected at most {channel.MAX_FDS} buffers, found {len(buffers)}")
-    for fd in buffers:
-        os.fstat(fd)  # a bad descriptor is the caller's error, not the child's

@@ -103,7 +103,7 @@ def gpu_slots(
     Raises
     ------
     PlatformError
-        If there is no GPU.
+        If there is no GPU, or one of them lets one process at a time use it and more are wanted.
     """
     if not gpus:
         raise PlatformError(
@@ -115,10 +115,16 @@ def gpu_slots(
     limit: int = 1
     if isinstance(per_gpu, int):
         count, limit = per_gpu, per_gpu
-    elif all(gpu.total_bytes for gpu in gpus):
+    elif all(gpu.total_bytes and not gpu.exclusive for gpu in gpus):
         # Memory admits. Where it cannot be read, one fit at a time is all that is safe.
         count = min(max(1, cpus // threads_per_fit // len(gpus)), _MAX_SLOTS_PER_GPU)
         limit = _MAX_SLOTS_PER_GPU
+    if count > 1 and (exclusive := [gpu.id for gpu in gpus if gpu.exclusive]):
+        raise PlatformError(
+            f"isolation.slots_per_gpu: expected 1, as {', '.join(exclusive)} lets one process at a"
+            f" time use it (compute mode EXCLUSIVE_PROCESS), found {per_gpu}",
+            "set it to 1, or ask the site for the compute mode DEFAULT",
+        )
     # The first slots of all GPUs come first, so that few fits spread over all GPUs.
     return [
         Slot(rank * len(gpus) + index, (gpu,), lock_folder, _key(gpu, job_id), limit)

@@ -162,6 +162,14 @@ def test_where_memory_cannot_be_read_slots_alone_decide() -> None:
     assert _as_holder(wants(None, alone=True), 0, None, []).reserved_bytes is None
 
 
+def test_a_gpu_for_one_process_is_free_when_the_process_before_has_gone() -> None:
+    request = replace(wants(1), exclusive=True)
+    # Its lock was free before the driver had taken its context down.
+    said = shortage(request, reads(1, {99: 1}), [])
+    assert said == "GPU-1 lets one process at a time use it, now pid 99"
+    assert shortage(request, reads(0, {}), []) == ""
+
+
 def test_the_reason_names_who_has_the_memory() -> None:
     reading = reads(36, {100: 4, 555: 20, 777: 8.5, 888: None})
     said = shortage(wants(12), reading, [holds(0, 6), holds(1, 1)])

@@ -333,6 +333,11 @@ class FakePynvml(ModuleType):
     def nvmlDeviceGetName(self, handle: dict[str, Any]) -> str:  # noqa: N802
         return self._answer(handle.get("name", "A100"))  # type: ignore[no-any-return]
 
+    NVML_COMPUTEMODE_EXCLUSIVE_PROCESS = 3
+
+    def nvmlDeviceGetComputeMode(self, handle: dict[str, Any]) -> int:  # noqa: N802
+        return handle.get("compute_mode", 0)
+
     def nvmlDeviceGetMemoryInfo(self, handle: dict[str, Any]) -> Any:  # noqa: N802
         return self._answer(handle.get("memory", SimpleNamespace(total=40 * GB, free=30 * GB)))
 
@@ -361,6 +366,11 @@ def test_nvml_lists_cards_with_and_without_mig(monkeypatch: pytest.MonkeyPatch) 
         [Gpu("GPU-2", "A100", 40 * GB)],
         [Gpu("MIG-1", "A100", 5 * GB), Gpu("MIG-2", "A100", 40 * GB)],
     ]
+
+
+def test_a_card_for_one_process_is_known_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakePynvml(card(1, compute_mode=3), card(2)))
+    assert [gpu.exclusive for card in Nvml().cards() for gpu in card] == [True, False]
 
 
 def test_a_card_in_mig_mode_without_devices_is_an_empty_list(

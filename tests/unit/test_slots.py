@@ -220,3 +220,21 @@ def test_a_lock_folder_of_one_job_alone_is_told(
     allotment.prepare_lock_folder(isolation, array_task())
     assert "is this job's alone" in caplog.text
     assert "name a folder of the node that your jobs share" in caplog.text
+
+
+# --- GPUs that let one process at a time use them ---
+
+EXCLUSIVE = [Gpu("GPU-0", "V100", 32_000_000_000, exclusive=True)]
+
+
+def test_a_gpu_for_one_process_has_one_slot() -> None:
+    for wanted in (1, "auto"):
+        (slot,) = gpu_slots(EXCLUSIVE, wanted, cpus=8, threads_per_fit=1)  # type: ignore[arg-type]
+        assert slot.limit == 1
+
+
+def test_more_slots_than_a_gpu_for_one_process_can_have_are_refused() -> None:
+    with pytest.raises(PlatformError, match="EXCLUSIVE_PROCESS") as caught:
+        gpu_slots([*GPUS, *EXCLUSIVE], 2, cpus=8, threads_per_fit=1)
+    assert "isolation.slots_per_gpu: expected 1, as GPU-0" in str(caught.value)
+    assert "found 2" in str(caught.value)
