@@ -61,7 +61,10 @@ def run(
 ) -> Reply:
     fd = channel.write_memory([json.dumps(args).encode()])
     try:
-        return pool.run(name, [fd], slot=slot, timeout_s=timeout_s, tag=tag, need=Need(40 * GB))
+        need = Need(40 * GB)
+        return pool.run(  # a cap is torch's, which takes seconds to import
+            name, [fd], slot=slot, timeout_s=timeout_s, tag=tag, need=need, capped=False
+        )
     finally:
         channel.close_all([fd])
 
