@@ -123,10 +123,11 @@ class LinkServer:
 
         Without a reason nobody is told: the array tasks are to wait for the next attempt.
         """
-        with contextlib.suppress(TimeoutError, RuntimeError):
-            self._await(self._say_goodbye(reason, timeout_s), timeout_s + 5)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(timeout_s)
+        if self._thread.is_alive():  # it may be told twice
+            with contextlib.suppress(TimeoutError, RuntimeError):
+                self._await(self._say_goodbye(reason, timeout_s), timeout_s + 5)
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(timeout_s)
         # With them go the files of results that came late or twice.
         for path in self._paths.blobs.iterdir():
             path.unlink(missing_ok=True)

@@ -11,12 +11,13 @@ from fedhpc.files import read_json, read_lines
 
 LAYOUTS = {
     "three array tasks": ["cluster.array_tasks=3", "cluster.min_array_tasks=3"],
-    "one slot": ["isolation.slots=1"],
+    "one slot and standby children": ["isolation.slots=1", "isolation.standby=true"],
     "spawn instead of fork": ["isolation.start_method=spawn", "isolation.slots=2"],
     "processes that are kept": ["isolation.fits_per_process=0"],
-    "processes that do three fits": ["isolation.fits_per_process=3"],
-    "standby children": ["isolation.standby=true"],
-    "arrays in files": ["cluster.inline_mb=0"],
+    "processes that do three fits and arrays in files": [
+        "isolation.fits_per_process=3",
+        "cluster.inline_mb=0",
+    ],
     "clients pinned to array tasks": [
         "federation.placement=pinned",
         "cluster.array_tasks=2",

@@ -28,17 +28,10 @@ def test_a_followed_run_prints_its_rounds_and_ends_with_the_result(submitter: Su
     assert all(fit["ok"] and fit["late_imports"] == [] for fit in run.fits)
 
 
-def test_a_run_leaves_no_process_no_secret_and_no_blob(submitter: Submitter) -> None:
-    run = submitter.run(["cluster.inline_mb=0"])
-    assert run.returncode == 0, run.output
-    assert processes_of(run.paths) == []
-    assert not run.paths.secrets.exists()
-    assert not list(run.paths.blobs.iterdir())
-    assert not list(run.paths.root.glob(".*.tmp"))
-
-
-def test_the_secrets_are_the_owners_alone_while_the_run_lasts(submitter: Submitter) -> None:
-    process = submitter.start(["training.epochs=30"])
+def test_secrets_are_the_owners_alone_and_a_run_leaves_neither_them_nor_a_process_nor_a_blob(
+    submitter: Submitter,
+) -> None:
+    process = submitter.start(["training.epochs=30", "cluster.inline_mb=0"])
     eventually(lambda: list(submitter.runs_dir.glob("*/rendezvous.json")), 60)
     paths = submitter.newest()
     assert stat.S_IMODE(paths.secrets.stat().st_mode) == 0o700
@@ -46,6 +39,10 @@ def test_the_secrets_are_the_owners_alone_while_the_run_lasts(submitter: Submitt
     assert len(files) == 5
     assert all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
     assert process.wait(timeout=90) == 0
+    assert processes_of(paths) == []
+    assert not paths.secrets.exists()
+    assert not list(paths.blobs.iterdir())
+    assert not list(paths.root.glob(".*.tmp"))
 
 
 def test_a_detached_run_goes_on_after_submit_has_left(submitter: Submitter) -> None:

@@ -102,16 +102,18 @@ def test_an_error_without_gpu_memory_is_known(error: BaseException, expected: bo
 
 def test_an_error_is_told_by_where_it_happened() -> None:
     plain = {"error": "ValueError: no", "traceback": "File ...", "out_of_memory": False}
-    error = failures.raised(plain)
+    error = failures.raised(plain, None)
     assert type(error) is FitFailed
     assert error.traceback == "File ..."
     memory = failures.raised(
-        {**plain, "out_of_memory": True, "gpu_peak_bytes": 3 * GB, "gpu_context_bytes": GB}
+        {**plain, "out_of_memory": True, "gpu_peak_bytes": 3 * GB, "gpu_context_bytes": GB}, None
     )
     assert isinstance(memory, FitOutOfMemory)
     assert memory.need_bytes == 4 * GB
     assert "training.batch_size" in str(memory)
     assert "isolation.slots_per_gpu" in str(memory)
-    platform = failures.raised({"error": "no lock file", "hint": "remove it", "platform": True})
+    platform = failures.raised(
+        {"error": "no lock file", "hint": "remove it", "platform": True}, None
+    )
     assert type(platform) is PlatformError
     assert platform.hint == "remove it"
