@@ -137,3 +137,16 @@ def test_a_fit_that_was_cancelled_meanwhile_does_not_run_again(tmp_path: Path) -
     assert pool.calls == 1
     assert not link.results
     assert fits.held() == []
+
+
+def test_a_fit_that_was_killed_after_a_new_link_runs_again_with_its_arrays(tmp_path: Path) -> None:
+    pool = DyingPool([killed])
+    fits, link, work = start(pool, tmp_path)
+    work.blobs.add(digest="d", size=3)
+    chunk = grid_pb2.Chunk(digest="d", size=3, offset=0, data=b"abc")
+    pool.during = lambda: fits.use(link)  # type: ignore[arg-type]
+    fits.handle(grid_pb2.ToArrayTask(chunk=chunk))
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    assert pool.calls == 3
+    assert "killed by SIGKILL" in link.results[0].failure.reason
