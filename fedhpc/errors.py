@@ -102,7 +102,7 @@ class FitDied(RunError):
 
 
 class FitKilled(FitDied):
-    """Somebody else killed a child (SIGKILL): the same call may work again.
+    """Somebody else killed a child (SIGKILL, SIGTERM): the same call may work again.
 
     Attributes
     ----------

@@ -45,6 +45,9 @@ def died(
         )
     if -exit_code == signal.SIGKILL:
         return _killed(oom_kills_before)
+    if -exit_code == signal.SIGTERM:
+        # Slurm sends it to every process of a job that it ends, and so to ours too.
+        return FitKilled("the child was killed by SIGTERM", "does the app send it to itself?")
     hint = None
     if -exit_code == signal.SIGSEGV:
         hint = "a crash in native code; try isolation.start_method: spawn"

@@ -1,6 +1,7 @@
 """Which fits run again after a death, and how often."""
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from fedhpc import config
 from fedhpc.errors import FitDied, FitFailed, FitKilled, ForkServerDied, SlotTimeout
 from fedhpc.federation import grid_pb2, message_ids
 from fedhpc.fits import Fits
-from fedhpc.isolation import Slot
+from fedhpc.isolation import Slot, failures
 from fedhpc.paths import RunPaths
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,6 +29,11 @@ def killed_for_memory() -> FitKilled:
     error = FitKilled("the child was killed by the kernel's out-of-memory killer")
     error.for_memory = True
     return error
+
+
+def terminated() -> FitDied:
+    """Return what a child becomes whose job Slurm ends."""
+    return failures.died(-signal.SIGTERM, (0, 0), None)
 
 
 def fork_server_died() -> ForkServerDied:
@@ -93,6 +99,7 @@ def start(pool: DyingPool, folder: Path) -> tuple[Fits, Link, grid_pb2.Work]:
     [
         ([killed], 3),
         ([fork_server_died], 3),
+        ([terminated], 3),
         ([killed, fork_server_died], 3),
         ([killed_for_memory], 2),
         ([killed, killed_for_memory], 3),
@@ -104,9 +111,9 @@ def start(pool: DyingPool, folder: Path) -> tuple[Fits, Link, grid_pb2.Work]:
         ([killed, lambda: FitFailed("ValueError: x")], 2),
     ],
     ids=[
-        "killed", "fork server", "killed and fork server", "out of memory", "then out of memory",
-        "out of memory then killed", "exit", "deadline", "exception", "no slot",
-        "killed and exception",
+        "killed", "fork server", "terminated", "killed and fork server", "out of memory",
+        "then out of memory", "out of memory then killed", "exit", "deadline", "exception",
+        "no slot", "killed and exception",
     ],
 )  # fmt: skip
 def test_a_fit_runs_again_only_after_a_kill_from_outside(
