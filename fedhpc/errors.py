@@ -101,6 +101,10 @@ class FitDied(RunError):
     """A child ended without a reply: killed by a signal, exited, or past its deadline."""
 
 
+class FitCancelled(FitDied):
+    """The caller had the child killed: nobody wants the result."""
+
+
 class FitKilled(FitDied):
     """Somebody else killed a child (SIGKILL, SIGTERM): the same call may work again.
 

@@ -14,6 +14,7 @@ from fedhpc import files
 from fedhpc.config import Config
 from fedhpc.errors import (
     FedHPCError,
+    FitCancelled,
     FitFailed,
     FitKilled,
     FitOutOfMemory,
@@ -183,6 +184,8 @@ class Fits:
             except GpuLost as error:
                 self._lose(slot, work.message_id, error)
                 continue
+            except FitCancelled:
+                continue  # if it is held, it has come again, and waits
             with self._lock:
                 if work.message_id not in self._held:
                     channel.close_all(result.blobs)
@@ -234,7 +237,7 @@ class Fits:
         try:
             fds = self._open_inputs(work)  # once: a new link takes the blobs of the old one away
             return self._run_again(work, fds, slot, wait_s)
-        except GpuLost:
+        except (GpuLost, FitCancelled):
             raise
         except FitFailed as error:
             return _failure(work, slot, str(error), error.traceback, raised=True)
@@ -280,6 +283,8 @@ class Fits:
                 "gpu": gpu and gpu.id,
             }
             usages.append(self._sampler.began(about, gpu, before_bytes))
+            if not self._is_wanted(work):  # cancelled while there was no child of its
+                self._pool.cancel(work.message_id)
 
         gone: threading.Event | None = None
         more: dict[str, object] = {"ok": False}

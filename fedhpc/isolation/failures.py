@@ -4,6 +4,7 @@ import signal
 from typing import Any
 
 from fedhpc.errors import (
+    FitCancelled,
     FitDied,
     FitFailed,
     FitKilled,
@@ -81,9 +82,9 @@ def _killed(before: tuple[int, int]) -> FitKilled:
     return error
 
 
-def cancelled() -> FitDied:
+def cancelled() -> FitCancelled:
     """Return the error for a child that the pool was told to kill."""
-    return FitDied("the call was cancelled, and its child killed")
+    return FitCancelled("the call was cancelled, and its child killed")
 
 
 def too_late(call: Call, waits_for: str, *, admitted: bool) -> FitDied | SlotTimeout:

@@ -98,7 +98,8 @@ class ChildPool:
             If the function raised; with the child's traceback. `FitOutOfMemory` if there was not
             enough GPU memory.
         FitDied
-            If the child ended without a reply, or passed the deadline.
+            If the child ended without a reply, or passed the deadline. `FitCancelled` after
+            `cancel`.
         SlotTimeout
             If there was no slot or no memory in time.
         GpuLost
@@ -130,7 +131,7 @@ class ChildPool:
         return reply
 
     def cancel(self, tag: str) -> None:
-        """Kill the children of calls with this tag; the calls raise `FitDied`."""
+        """Kill the children of calls with this tag; the calls raise `FitCancelled`."""
         self._children.cancel(tag)
 
     def kill_for_memory(self, pid: int) -> None:

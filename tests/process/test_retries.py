@@ -157,3 +157,42 @@ def test_a_fit_that_was_killed_after_a_new_link_runs_again_with_its_arrays(tmp_p
     assert link.came.wait(5)
     assert pool.calls == 3
     assert "killed by SIGKILL" in link.results[0].failure.reason
+
+
+def test_a_fit_that_comes_again_right_after_its_cancel_has_a_result_of_its_own(
+    tmp_path: Path,
+) -> None:
+    pool = DyingPool([failures.cancelled, lambda: FitFailed("ValueError: x")])
+    fits, link, work = start(pool, tmp_path)
+    cancel = grid_pb2.Cancel(message_id=work.message_id)
+
+    def come_again() -> None:
+        pool.during = lambda: None
+        fits.handle(grid_pb2.ToArrayTask(cancel=cancel))
+        fits.handle(grid_pb2.ToArrayTask(work=work))
+
+    pool.during = come_again
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    assert pool.calls == 2
+    assert [result.failure.reason for result in link.results] == ["ValueError: x"]
+
+
+def test_a_cancel_that_met_no_child_is_made_up_for_when_the_next_one_has_its_slot(
+    tmp_path: Path,
+) -> None:
+    pool = DyingPool([killed])
+    fits, _, work = start(pool, tmp_path)
+    cancel = grid_pb2.Cancel(message_id=work.message_id)
+    run, killed_now = pool.run, []
+
+    def run_and_admit(*_: object, on_admitted: Callable[[int | None], None], **__: object) -> None:
+        fits.handle(grid_pb2.ToArrayTask(cancel=cancel))
+        pool.cancel = killed_now.append  # type: ignore[method-assign]
+        on_admitted(None)
+        run()
+
+    pool.run = run_and_admit  # type: ignore[method-assign, assignment]
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert wait_until(lambda: killed_now == [work.message_id])
+    assert fits.held() == []
