@@ -165,8 +165,9 @@ class ArrayTask:
     def stop(self) -> None:
         """Leave soon; safe to call from a signal handler."""
         self._stopped.set()
-        if self._link is not None:
-            threading.Thread(target=self._link.close, daemon=True).start()
+        link = self._link  # one look: the main thread may forget it meanwhile
+        if link is not None:
+            threading.Thread(target=link.close, daemon=True).start()
 
     def _serve(self, found: rendezvous.Rendezvous, fits: Fits, pool: ChildPool) -> bool:
         """Serve one server; return whether the run ended.
