@@ -15,7 +15,7 @@ from fedhpc import config
 from fedhpc.errors import FitDied, FitFailed, FitKilled, ForkServerDied, SlotTimeout
 from fedhpc.federation import grid_pb2, message_ids
 from fedhpc.fits import Fits
-from fedhpc.isolation import Slot, failures
+from fedhpc.isolation import Reply, Slot, channel, failures
 from fedhpc.paths import RunPaths
 
 REPOSITORY = Path(__file__).parents[2]
@@ -196,3 +196,15 @@ def test_a_cancel_that_met_no_child_is_made_up_for_when_the_next_one_has_its_slo
     fits.handle(grid_pb2.ToArrayTask(work=work))
     assert wait_until(lambda: killed_now == [work.message_id])
     assert fits.held() == []
+
+
+def test_a_peak_that_cannot_be_kept_costs_no_fit(tmp_path: Path) -> None:
+    pool = DyingPool([])
+    fits, link, work = start(pool, tmp_path)
+    (tmp_path / "peaks").write_text("")  # where the folder would be
+    done = channel.write_memory([grid_pb2.Result(message_id=work.message_id).SerializeToString()])
+    reply = Reply([done], 0, 0, 0, 0, 0, [], gpu_peak_bytes=1)
+    pool.run = lambda *_, **__: reply  # type: ignore[method-assign, assignment, misc]
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    assert not link.results[0].HasField("failure")
