@@ -57,6 +57,10 @@ class RendezvousTimeout(PlatformError):
     """No live server published its address within the deadline."""
 
 
+class LinkRefused(PlatformError):
+    """The server does not let this array task work, beside the others that it has."""
+
+
 class SlotTimeout(PlatformError):
     """No slot, or not enough memory beside it, became free within the deadline."""
 
