@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from types import FrameType
 
@@ -23,7 +24,7 @@ from fedhpc import (
     run_state,
 )
 from fedhpc.cluster import entries, slurm
-from fedhpc.errors import FedHPCError, PlatformError
+from fedhpc.errors import FedHPCError, LinkRefused, PlatformError
 from fedhpc.federation import certificates, grid_pb2
 from fedhpc.federation.link import LinkClient
 from fedhpc.fits import FIT, Fits
@@ -58,6 +59,7 @@ class ArrayTask:
         self._gpus: list[str] = []
         self._lock_folder = ""
         self._problem: PlatformError | None = None
+        self._refused_since_s: float | None = None
         self._server_job = ServerJob(paths, 60 * self._config.cluster.reattach_timeout_min)
 
     def run(self) -> int:
@@ -115,6 +117,8 @@ class ArrayTask:
                 try:
                     if self._serve(found, fits, pool):
                         return 0
+                except LinkRefused as error:
+                    self._leave_if_always_refused(error)
                 except PlatformError as error:
                     if not self._stopped.is_set():
                         logger.warning("%s", error)
@@ -123,6 +127,15 @@ class ArrayTask:
         if self._problem is not None:
             raise self._problem
         return 128 + signal.SIGTERM if self._stopped.is_set() else 0
+
+    def _leave_if_always_refused(self, error: LinkRefused) -> None:
+        """Hold no GPU for ever that it may not use; whom it clashes with may be gone soon."""
+        logger.warning("%s", error)
+        now_s = time.monotonic()
+        if self._refused_since_s is None:
+            self._refused_since_s = now_s
+        if now_s - self._refused_since_s > 2 * self._config.cluster.liveness_timeout_s:
+            raise error
 
     def _header(self, slots: list[Slot]) -> dict[str, object]:
         """Return what the file with samples of memory begins with."""
@@ -165,8 +178,9 @@ class ArrayTask:
     def stop(self) -> None:
         """Leave soon; safe to call from a signal handler."""
         self._stopped.set()
-        if self._link is not None:
-            threading.Thread(target=self._link.close, daemon=True).start()
+        link = self._link  # one look: the main thread may forget it meanwhile
+        if link is not None:
+            threading.Thread(target=link.close, daemon=True).start()
 
     def _serve(self, found: rendezvous.Rendezvous, fits: Fits, pool: ChildPool) -> bool:
         """Serve one server; return whether the run ended.
@@ -198,6 +212,7 @@ class ArrayTask:
                 return False
             for event in link.events():
                 if event.HasField("welcome"):
+                    self._refused_since_s = None
                     logger.info("connected to %s, attempt %d", found.address, found.attempt)
                     fits.use(link)
                 elif event.HasField("finish"):

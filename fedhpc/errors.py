@@ -57,6 +57,10 @@ class RendezvousTimeout(PlatformError):
     """No live server published its address within the deadline."""
 
 
+class LinkRefused(PlatformError):
+    """The server does not let this array task work, beside the others that it has."""
+
+
 class SlotTimeout(PlatformError):
     """No slot, or not enough memory beside it, became free within the deadline."""
 
@@ -101,8 +105,12 @@ class FitDied(RunError):
     """A child ended without a reply: killed by a signal, exited, or past its deadline."""
 
 
+class FitCancelled(FitDied):
+    """The caller had the child killed: nobody wants the result."""
+
+
 class FitKilled(FitDied):
-    """Somebody else killed a child (SIGKILL): the same call may work again.
+    """Somebody else killed a child (SIGKILL, SIGTERM): the same call may work again.
 
     Attributes
     ----------

@@ -14,6 +14,7 @@ from fedhpc import files
 from fedhpc.config import Config
 from fedhpc.errors import (
     FedHPCError,
+    FitCancelled,
     FitFailed,
     FitKilled,
     FitOutOfMemory,
@@ -183,6 +184,8 @@ class Fits:
             except GpuLost as error:
                 self._lose(slot, work.message_id, error)
                 continue
+            except FitCancelled:
+                continue  # if it is held, it has come again, and waits
             with self._lock:
                 if work.message_id not in self._held:
                     channel.close_all(result.blobs)
@@ -230,30 +233,41 @@ class Fits:
 
     def _run(self, work: grid_pb2.Work, slot: Slot, wait_s: float) -> _Result:
         """Run a fit; what goes wrong is a result too, unless the fit can run again or elsewhere."""
+        fds: list[int] = []
+        try:
+            fds = self._open_inputs(work)  # once: a new link takes the blobs of the old one away
+            return self._run_again(work, fds, slot, wait_s)
+        except (GpuLost, FitCancelled):
+            raise
+        except FitFailed as error:
+            return _failure(work, slot, str(error), error.traceback, raised=True)
+        except FedHPCError as error:
+            return _failure(work, slot, str(error))
+        except Exception as error:
+            text = traceback.format_exc()
+            return _failure(work, slot, f"{type(error).__name__}: {error}", text)
+        finally:
+            channel.close_all(fds)
+
+    def _run_again(self, work: grid_pb2.Work, fds: list[int], slot: Slot, wait_s: float) -> _Result:
+        """Run a fit, and again if somebody else killed it."""
         tries_left = _TRIES
         while True:
             tries_left -= 1
             try:
-                return self._try(work, slot, wait_s)
-            except GpuLost:
-                raise
-            except FitFailed as error:
-                return _failure(work, slot, str(error), error.traceback, raised=True)
+                return self._try(work, fds, slot, wait_s)
             except (ForkServerDied, FitKilled) as error:
                 if isinstance(error, FitKilled) and error.for_memory:
                     tries_left = min(tries_left, _TRIES_WITHOUT_MEMORY - 1)
-                with self._lock:
-                    wanted = work.message_id in self._held
-                if not (tries_left and wanted):
-                    return _failure(work, slot, str(error))
+                if not (tries_left and self._is_wanted(work)):
+                    raise
                 logger.warning("%s: %s; it runs again", work.message_id, error.message)
-            except FedHPCError as error:
-                return _failure(work, slot, str(error))
-            except Exception as error:
-                text = traceback.format_exc()
-                return _failure(work, slot, f"{type(error).__name__}: {error}", text)
 
-    def _try(self, work: grid_pb2.Work, slot: Slot, wait_s: float) -> _Result:
+    def _is_wanted(self, work: grid_pb2.Work) -> bool:
+        with self._lock:
+            return work.message_id in self._held
+
+    def _try(self, work: grid_pb2.Work, fds: list[int], slot: Slot, wait_s: float) -> _Result:
         parts = message_ids.read(work.message_id)
         kind = self._kind_of(parts.verb)
         usages: list[Usage] = []
@@ -269,10 +283,11 @@ class Fits:
                 "gpu": gpu and gpu.id,
             }
             usages.append(self._sampler.began(about, gpu, before_bytes))
+            if not self._is_wanted(work):  # cancelled while there was no child of its
+                self._pool.cancel(work.message_id)
 
         gone: threading.Event | None = None
         more: dict[str, object] = {"ok": False}
-        fds = self._open_inputs(work)
         try:
             reply = self._pool.run(
                 f"{FIT}:run",
@@ -295,7 +310,6 @@ class Fits:
                 self._learn(kind, error.need_bytes, None)
             raise
         finally:
-            channel.close_all(fds)
             if usages:
                 self._sampler.ended(usages[-1], gone, **more)
         if reply.gpu_peak_bytes:

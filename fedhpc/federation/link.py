@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import grpc
 
-from fedhpc.errors import PlatformError
+from fedhpc.errors import LinkRefused, PlatformError
 from fedhpc.federation import certificates, grid_pb2
 
 METHOD = "/fedhpc.Link/Connect"
@@ -91,7 +91,8 @@ class LinkClient:
         Raises
         ------
         PlatformError
-            When the stream breaks, or the server is silent for too long.
+            When the stream breaks, or the server is silent for too long; `LinkRefused` when the
+            server does not want it.
         """
         try:
             for event in self._call:
@@ -105,6 +106,8 @@ class LinkClient:
                 found = f"the server was silent for {silence_s:.0f} s"
             else:
                 found = f"{error.code().name}: {error.details()}"
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                raise LinkRefused(f"the server refuses: {error.details()}") from error
             raise PlatformError(f"link to the server at {self.address}: {found}") from error
 
     def send(self, events: Iterable[Event]) -> None:

@@ -309,6 +309,8 @@ class LinkServer:
         """Return why an array task must not work beside the others on its node; "" if it may."""
         for peer in self._peers.values():
             other = peer.hello
+            if other.array_task == hello.array_task:
+                continue  # this one before it was requeued or lost its stream
             shared = [gpu for gpu in hello.gpus if gpu in other.gpus and not gpu.isdigit()]
             # A UUID is one GPU of the world.
             if shared and other.lock_folder != hello.lock_folder:

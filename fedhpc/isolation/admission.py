@@ -316,6 +316,13 @@ def _who(reading: Reading, others: list[Holder]) -> str:
     return "; ".join(parts) or "nobody that can be seen from here"
 
 
+def can_be_met(need: Need | None, total_bytes: int) -> bool:
+    """Return whether a GPU has what a fit needs (0 bytes: it is not known what it has)."""
+    if need is None or not total_bytes:
+        return True
+    return (need.total_bytes if need.least_bytes is None else need.least_bytes) <= total_bytes
+
+
 def check_need(need: Need | None, total_bytes: int, gpu: str) -> None:
     """Refuse a need that no wait can meet.
 
@@ -324,12 +331,9 @@ def check_need(need: Need | None, total_bytes: int, gpu: str) -> None:
     PlatformError
         If a fit needs more memory than its GPU has.
     """
-    if need is None or not total_bytes:
-        return
-    need_bytes = need.total_bytes if need.least_bytes is None else need.least_bytes
-    if need_bytes > total_bytes:
+    if need is not None and not can_be_met(need, total_bytes):
         raise PlatformError(
             f"isolation.gpu_memory_gb: expected at most the {total_bytes / GB:.1f} GB of {gpu},"
-            f" found {need_bytes / GB:.1f}",
+            f" found {need.total_bytes / GB:.1f}",
             "lower it, or use a GPU with more memory",
         )

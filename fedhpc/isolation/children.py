@@ -174,7 +174,7 @@ class Children:
                 self._kept[slot.index] = child
 
     def cancel(self, tag: str) -> None:
-        """Kill the children of calls with this tag; the calls raise `FitDied`."""
+        """Kill the children of calls with this tag; the calls raise `FitCancelled`."""
         with self._lock:
             children = [child for child in self._live.values() if tag and child.tag == tag]
             for child in children:

@@ -4,6 +4,7 @@ import signal
 from typing import Any
 
 from fedhpc.errors import (
+    FitCancelled,
     FitDied,
     FitFailed,
     FitKilled,
@@ -45,6 +46,9 @@ def died(
         )
     if -exit_code == signal.SIGKILL:
         return _killed(oom_kills_before)
+    if -exit_code == signal.SIGTERM:
+        # Slurm sends it to every process of a job that it ends, and so to ours too.
+        return FitKilled("the child was killed by SIGTERM", "does the app send it to itself?")
     hint = None
     if -exit_code == signal.SIGSEGV:
         hint = "a crash in native code; try isolation.start_method: spawn"
@@ -78,9 +82,9 @@ def _killed(before: tuple[int, int]) -> FitKilled:
     return error
 
 
-def cancelled() -> FitDied:
+def cancelled() -> FitCancelled:
     """Return the error for a child that the pool was told to kill."""
-    return FitDied("the call was cancelled, and its child killed")
+    return FitCancelled("the call was cancelled, and its child killed")
 
 
 def too_late(call: Call, waits_for: str, *, admitted: bool) -> FitDied | SlotTimeout:

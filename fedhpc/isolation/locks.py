@@ -22,6 +22,7 @@ from fedhpc.errors import PlatformError
 _NETWORK_DISKS = re.compile("nfs|lustre|gpfs|beegfs|ceph|panfs|wekafs|cifs|smb|9p|afs|fuse")
 _CHOOSE = "name a folder of the node with isolation.lock_dir, e.g. /var/tmp/fedhpc-$USER"
 _MAX_RECORD = 4096
+_MAX_LABEL = 256  # characters; JSON takes up to 12 bytes for one
 
 # Locks of this process. A fork of it would keep them locked after its death.
 _open: set[int] = set()
@@ -312,6 +313,7 @@ def _is_at(fd: int, path: Path) -> bool:
 
 
 def _write_record(fd: int, record: dict[str, Any]) -> None:
+    record = {**record, "label": record["label"][:_MAX_LABEL]}  # the rest of it must be readable
     # Never truncated: ext4 would then write to the disk at once, 2 ms on the way to every fit.
     os.pwrite(fd, json.dumps(record).encode() + b"\n", 0)
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from fedhpc import files
+from fedhpc.errors import PlatformError
 from fedhpc.isolation.admission import Need
 
 _MARGIN = 1.1
@@ -52,6 +53,11 @@ class Peaks:
         """Note what a fit used: all of it, and of this its context.
 
         Where that is not known, the peak is torch's alone, and `need` adds a usual context.
+
+        Raises
+        ------
+        PlatformError
+            If the disk refuses it.
         """
         with self._lock:
             peak, context = self._read(kind)
@@ -62,7 +68,12 @@ class Peaks:
                 "peak_bytes": peak_bytes,
                 "context_bytes": max(context, context_bytes or 0),
             }
-            self._folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise PlatformError(
+                    f"could not make {self._folder}: {error.strerror}", "check the disk"
+                ) from error
             files.write_atomic(self._file(kind), json.dumps(record))
             self._known.pop(kind, None)
 

@@ -15,7 +15,7 @@ from fedhpc.errors import (
     PlatformError,
 )
 from fedhpc.isolation import channel, failures, host_memory
-from fedhpc.isolation.admission import Need, check_need
+from fedhpc.isolation.admission import Need, can_be_met, check_need
 from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT, Call, PoolOptions, Reply
 from fedhpc.isolation.children import Child, Children, wanted_bytes
 from fedhpc.isolation.nvml import Nvml, Reading
@@ -89,8 +89,8 @@ class ChildPool:
         Parameters
         ----------
         entry, buffers, slot, timeout_s, slot_timeout_s, tag, label, need, capped, on_admitted
-            See `Call`; ``need`` may also be one that does not change. Without ``slot_timeout_s``,
-            ``timeout_s`` holds until the slot, and again from there.
+            See `Call`; ``need`` may also be one that does not change, which its GPU must have.
+            Without ``slot_timeout_s``, ``timeout_s`` holds until the slot, and again from there.
 
         Raises
         ------
@@ -98,7 +98,8 @@ class ChildPool:
             If the function raised; with the child's traceback. `FitOutOfMemory` if there was not
             enough GPU memory.
         FitDied
-            If the child ended without a reply, or passed the deadline.
+            If the child ended without a reply, or passed the deadline. `FitCancelled` after
+            `cancel`.
         SlotTimeout
             If there was no slot or no memory in time.
         GpuLost
@@ -107,13 +108,19 @@ class ChildPool:
             If the pool is closed, no child could be started, or a lock file cannot be used.
         """
         limit_s = timeout_s if slot_timeout_s is None else slot_timeout_s
-        needs = need if callable(need) else lambda: need
+        total_bytes = min((gpu.total_bytes for gpu in slot.gpus), default=0)
+        if not callable(need):
+            check_need(need, total_bytes, ", ".join(gpu.id for gpu in slot.gpus))
+
+        def needs() -> Need | None:
+            known = need() if callable(need) else need
+            # Learned on a larger GPU: here it gets the GPU alone, and may do with less.
+            return known if can_be_met(known, total_bytes) else None
+
         call = Call(
             entry, tuple(buffers), slot, timeout_s, limit_s, tag, label, needs, capped, on_admitted
         )
         _check_buffers(call.buffers)
-        for gpu in slot.gpus:
-            check_need(needs(), gpu.total_bytes, gpu.id)
         try:
             return self._run(call, alone=False)
         except FitOutOfMemory as error:
@@ -130,7 +137,7 @@ class ChildPool:
         return reply
 
     def cancel(self, tag: str) -> None:
-        """Kill the children of calls with this tag; the calls raise `FitDied`."""
+        """Kill the children of calls with this tag; the calls raise `FitCancelled`."""
         self._children.cancel(tag)
 
     def kill_for_memory(self, pid: int) -> None:

@@ -1,5 +1,6 @@
 """Evidence: what fits used, and that it came back. A thread writes samples over time to a file."""
 
+import contextlib
 import logging
 import os
 import queue
@@ -84,10 +85,12 @@ class Sampler:
         self._interval_s = INTERVAL_S if host_limit_bytes is None else _LIMITED_INTERVAL_S
         self._own_mb: float | None = None
         self._own_next_s = 0.0
+        self._broken = False
         self._start_s = time.monotonic()
         self._ended: queue.SimpleQueue[_Ended | None]
         self._ended = queue.SimpleQueue()
-        path.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(OSError):  # the first line says it
+            path.parent.mkdir(exist_ok=True)
         shown = [
             {"id": gpu.id, "name": gpu.name, "total_mb": round(gpu.total_bytes / MB, 1)}
             for gpu in gpus
@@ -118,22 +121,19 @@ class Sampler:
         self._thread.join(2 * _GONE_S)
 
     def _run(self) -> None:
-        try:
-            next_s = self._start_s
-            while True:
-                try:
-                    item = self._ended.get(timeout=max(0.0, next_s - time.monotonic()))
-                except queue.Empty:
-                    self._measure_own()
-                    self._sample()
-                    next_s = max(next_s + self._interval_s, time.monotonic())
-                    continue
+        next_s = self._start_s
+        while True:
+            with contextlib.suppress(queue.Empty):
+                item = self._ended.get(timeout=max(0.0, next_s - time.monotonic()))
                 if item is None:
                     self._sample()
                     return
                 self._finish(*item)
-        except PlatformError as error:
-            logger.warning("no more telemetry: %s", error)
+            # Also where the next fit always ends before the last one's process has gone.
+            if time.monotonic() >= next_s:
+                self._measure_own()
+                self._sample()
+                next_s = max(next_s + self._interval_s, time.monotonic())
 
     def _finish(self, usage: Usage, gone: threading.Event | None, more: dict[str, Any]) -> None:
         if gone is not None:
@@ -190,4 +190,10 @@ class Sampler:
         return round(time.monotonic() - self._start_s, 3)
 
     def _write(self, line: dict[str, Any]) -> None:
-        files.append_line(self._path, line)
+        if self._broken:
+            return
+        try:
+            files.append_line(self._path, line)
+        except PlatformError as error:  # no fit depends on it; the limit of memory still holds
+            self._broken = True
+            logger.warning("no more telemetry: %s", error)

@@ -12,7 +12,7 @@ import grpc
 import pytest
 
 from fedhpc.config import Cluster
-from fedhpc.errors import PlatformError
+from fedhpc.errors import LinkRefused, PlatformError
 from fedhpc.federation import certificates, compat, grid_pb2, link
 from fedhpc.federation.dispatch import Dispatch
 from fedhpc.federation.link import LinkClient
@@ -254,6 +254,22 @@ class _SilentPeer:
         self._ended.set()
         self._call.cancel()
         self._channel.close()
+
+
+def test_array_tasks_that_share_a_gpu_but_no_locks_are_refused_and_told_so(
+    service: Service,
+) -> None:
+    first = service.client(gpus=["GPU-a"], lock_folder="1:1")
+    first.next("welcome")
+    second = service.client(array_task=1, gpus=["GPU-a"], lock_folder="2:2")
+    with pytest.raises(LinkRefused, match=r"share GPU GPU-a.*isolation\.lock_dir"):
+        second.next("welcome")
+    service.client(array_task=1, gpus=["GPU-a"], lock_folder="1:1").next("welcome")
+
+
+def test_an_array_task_does_not_clash_with_itself_before_it_was_requeued(service: Service) -> None:
+    service.client(gpus=["GPU-a"], lock_folder="1:1").next("welcome")
+    service.client(gpus=["GPU-a"], lock_folder="2:2").next("welcome")
 
 
 def test_a_lost_array_tasks_fits_go_to_another_at_once(service: Service) -> None:

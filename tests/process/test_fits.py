@@ -18,6 +18,7 @@ from fedhpc.errors import GpuLost, PlatformError
 from fedhpc.federation import grid_pb2, message_ids
 from fedhpc.isolation import ChildPool, Gpu, PoolOptions, gpu_slots
 from fedhpc.isolation.nvml import Reading
+from fedhpc.isolation.peaks import Peaks
 from fedhpc.isolation.telemetry import Sampler
 from fedhpc.paths import RunPaths
 
@@ -166,6 +167,19 @@ def test_a_need_that_no_gpu_has_fails_at_once_and_says_so(
     reason = task.link.results[0].failure.reason
     assert "isolation.gpu_memory_gb: expected at most the 16.0 GB of GPU-" in reason
     assert "found 17.0" in reason
+    task.sampler.close()
+
+
+def test_a_need_learned_on_a_larger_gpu_gets_this_one_alone(
+    pool: ChildPool, cards: Cards, tmp_path: Path
+) -> None:
+    task = ArrayTask(tmp_path, pool, cards, {"slots_per_gpu": 2})
+    kind = task.fits._kind_of("train")
+    Peaks(task.paths.peaks).note(kind, 30 * GB, GB)  # by an array task whose GPUs have 80 GB
+    task.give(range(4))
+    assert wait_until(lambda: len(task.link.results) == 4, 60)
+    assert not any(result.HasField("failure") for result in task.link.results.values())
+    assert task.most_at_a_time(range(4)) <= len(GPUS)
     task.sampler.close()
 
 

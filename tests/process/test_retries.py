@@ -1,6 +1,7 @@
 """Which fits run again after a death, and how often."""
 
 import logging
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from fedhpc import config
 from fedhpc.errors import FitDied, FitFailed, FitKilled, ForkServerDied, SlotTimeout
 from fedhpc.federation import grid_pb2, message_ids
 from fedhpc.fits import Fits
-from fedhpc.isolation import Slot
+from fedhpc.isolation import Reply, Slot, channel, failures
 from fedhpc.paths import RunPaths
 
 REPOSITORY = Path(__file__).parents[2]
@@ -28,6 +29,11 @@ def killed_for_memory() -> FitKilled:
     error = FitKilled("the child was killed by the kernel's out-of-memory killer")
     error.for_memory = True
     return error
+
+
+def terminated() -> FitDied:
+    """Return what a child becomes whose job Slurm ends."""
+    return failures.died(-signal.SIGTERM, (0, 0), None)
 
 
 def fork_server_died() -> ForkServerDied:
@@ -93,6 +99,7 @@ def start(pool: DyingPool, folder: Path) -> tuple[Fits, Link, grid_pb2.Work]:
     [
         ([killed], 3),
         ([fork_server_died], 3),
+        ([terminated], 3),
         ([killed, fork_server_died], 3),
         ([killed_for_memory], 2),
         ([killed, killed_for_memory], 3),
@@ -104,9 +111,9 @@ def start(pool: DyingPool, folder: Path) -> tuple[Fits, Link, grid_pb2.Work]:
         ([killed, lambda: FitFailed("ValueError: x")], 2),
     ],
     ids=[
-        "killed", "fork server", "killed and fork server", "out of memory", "then out of memory",
-        "out of memory then killed", "exit", "deadline", "exception", "no slot",
-        "killed and exception",
+        "killed", "fork server", "terminated", "killed and fork server", "out of memory",
+        "then out of memory", "out of memory then killed", "exit", "deadline", "exception",
+        "no slot", "killed and exception",
     ],
 )  # fmt: skip
 def test_a_fit_runs_again_only_after_a_kill_from_outside(
@@ -137,3 +144,67 @@ def test_a_fit_that_was_cancelled_meanwhile_does_not_run_again(tmp_path: Path) -
     assert pool.calls == 1
     assert not link.results
     assert fits.held() == []
+
+
+def test_a_fit_that_was_killed_after_a_new_link_runs_again_with_its_arrays(tmp_path: Path) -> None:
+    pool = DyingPool([killed])
+    fits, link, work = start(pool, tmp_path)
+    work.blobs.add(digest="d", size=3)
+    chunk = grid_pb2.Chunk(digest="d", size=3, offset=0, data=b"abc")
+    pool.during = lambda: fits.use(link)  # type: ignore[arg-type]
+    fits.handle(grid_pb2.ToArrayTask(chunk=chunk))
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    assert pool.calls == 3
+    assert "killed by SIGKILL" in link.results[0].failure.reason
+
+
+def test_a_fit_that_comes_again_right_after_its_cancel_has_a_result_of_its_own(
+    tmp_path: Path,
+) -> None:
+    pool = DyingPool([failures.cancelled, lambda: FitFailed("ValueError: x")])
+    fits, link, work = start(pool, tmp_path)
+    cancel = grid_pb2.Cancel(message_id=work.message_id)
+
+    def come_again() -> None:
+        pool.during = lambda: None
+        fits.handle(grid_pb2.ToArrayTask(cancel=cancel))
+        fits.handle(grid_pb2.ToArrayTask(work=work))
+
+    pool.during = come_again
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    assert pool.calls == 2
+    assert [result.failure.reason for result in link.results] == ["ValueError: x"]
+
+
+def test_a_cancel_that_met_no_child_is_made_up_for_when_the_next_one_has_its_slot(
+    tmp_path: Path,
+) -> None:
+    pool = DyingPool([killed])
+    fits, _, work = start(pool, tmp_path)
+    cancel = grid_pb2.Cancel(message_id=work.message_id)
+    run, killed_now = pool.run, []
+
+    def run_and_admit(*_: object, on_admitted: Callable[[int | None], None], **__: object) -> None:
+        fits.handle(grid_pb2.ToArrayTask(cancel=cancel))
+        pool.cancel = killed_now.append  # type: ignore[method-assign]
+        on_admitted(None)
+        run()
+
+    pool.run = run_and_admit  # type: ignore[method-assign, assignment]
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert wait_until(lambda: killed_now == [work.message_id])
+    assert fits.held() == []
+
+
+def test_a_peak_that_cannot_be_kept_costs_no_fit(tmp_path: Path) -> None:
+    pool = DyingPool([])
+    fits, link, work = start(pool, tmp_path)
+    (tmp_path / "peaks").write_text("")  # where the folder would be
+    done = channel.write_memory([grid_pb2.Result(message_id=work.message_id).SerializeToString()])
+    reply = Reply([done], 0, 0, 0, 0, 0, [], gpu_peak_bytes=1)
+    pool.run = lambda *_, **__: reply  # type: ignore[method-assign, assignment, misc]
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    assert not link.results[0].HasField("failure")

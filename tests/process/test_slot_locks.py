@@ -31,7 +31,7 @@ from sharing_entries import (
 
 from fedhpc.errors import FitDied, PlatformError, SlotTimeout
 from fedhpc.isolation import ChildPool, locks
-from fedhpc.isolation.locks import SlotGroup
+from fedhpc.isolation.locks import Holder, SlotGroup
 
 HERE = Path(__file__).parent
 NOBODY = 65534
@@ -678,3 +678,16 @@ def test_the_disk_of_a_folder_below_a_link_is_where_the_link_leads(tmp_path: Pat
 )
 def test_a_folder_that_a_site_gives_each_job_is_known(folder: str, job: str, private: str) -> None:
     assert locks.private_to_job(Path(folder), job, MOUNTS) == private
+
+
+def test_a_label_of_any_length_hides_neither_what_is_promised_nor_who_waits(folder: Path) -> None:
+    group = SlotGroup(folder, "gpu-x")
+    with group.gate() as gate:
+        lock = group.take(1)
+        assert lock is not None
+        lock.write(Holder(0, 7, "\U0001f600" * 10_000, reserved_bytes=5))
+        (holder,) = group.holders()
+        assert (holder.pid, holder.reserved_bytes) == (7, 5)
+        gate.announce("\U0001f600" * 10_000)
+        assert group.gate().waiting()
+    lock.release()

@@ -1,0 +1,62 @@
+"""Samples over time, with a pool that only seems to have children."""
+
+import json
+import logging
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedhpc.isolation import telemetry
+from fedhpc.isolation.telemetry import Sampler
+
+
+class Pool:
+    """A pool with one child that always works."""
+
+    def __init__(self) -> None:
+        self.killed = threading.Event()
+
+    def children(self) -> dict[int, str]:
+        return {1: "it"}
+
+    def fork_server(self) -> None:
+        return None
+
+    def kill_for_memory(self, _: int) -> None:
+        self.killed.set()
+
+
+def sampler(path: Path, pool: Pool, **more: Any) -> Sampler:
+    return Sampler(path, pool, {}, **more)  # type: ignore[arg-type]
+
+
+def test_samples_are_taken_also_where_a_process_that_ends_is_always_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "INTERVAL_S", 0.05)
+    path = tmp_path / "0.jsonl"
+    monkeypatch.setattr(telemetry, "_GONE_S", 0.1)
+    with sampler(path, Pool()) as made:
+        usage = made.began({}, None, None)
+        for _ in range(10):  # none of these processes goes
+            made.ended(usage, threading.Event())
+        time.sleep(0.6)
+        kinds = [json.loads(line)["kind"] for line in path.read_text().splitlines()]
+    assert kinds.count("sample") >= 3
+
+
+def test_a_disk_that_takes_no_samples_ends_neither_the_start_nor_the_limit_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(telemetry, "proportional_bytes", lambda _: 2)
+    (tmp_path / "no folder").write_text("")
+    pool = Pool()
+    with (
+        caplog.at_level(logging.WARNING),
+        sampler(tmp_path / "no folder" / "0.jsonl", pool, host_limit_bytes=1),
+    ):
+        assert pool.killed.wait(5)
+    assert caplog.text.count("no more telemetry") == 1
