@@ -18,7 +18,7 @@ import slot_entries
 from entries import GONE_WITHIN_S, Background, wait_until
 from slot_entries import KEY, STAGES, WAITING, slot_in
 
-from fedhpc.errors import FitDied, FitKilled, ForkServerDied, PlatformError
+from fedhpc.errors import FitCancelled, FitDied, FitKilled, ForkServerDied, PlatformError
 from fedhpc.isolation import ChildPool, PoolOptions
 from fedhpc.isolation.locks import SlotGroup
 
@@ -135,7 +135,7 @@ def test_a_slot_is_free_after_the_end_of_its(
             elif victim == "child":
                 os.kill(child, signal.SIGKILL)
             else:
-                expected = FitDied
+                expected = FitCancelled
                 pool.cancel("it")
             with pytest.raises(expected) as caught:
                 running.result(GONE_WITHIN_S)
