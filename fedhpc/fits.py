@@ -102,6 +102,7 @@ class Fits:
             slot.index: queue.SimpleQueue() for slot in slots
         }
         self._held: dict[str, _Result | None] = {}  # None while it waits or runs
+        self._returns: dict[str, str] = {}  # fits to hand back, and why, where no link was there
         self._blobs: dict[str, int] = {}
         self._incoming: dict[str, int] = {}
         self._link: LinkClient | None = None
@@ -135,6 +136,9 @@ class Fits:
             results = [result for result in self._held.values() if result is not None]
             if link is not None:
                 self._send_capacity()  # it may have changed since the greeting
+                for message_id, reason in self._returns.items():
+                    self._hand_back(message_id, reason)
+                self._returns.clear()
                 for result in results:
                     link.send(result.events())
 
@@ -240,6 +244,12 @@ class Fits:
             slots = grid_pb2.Slots(slots=self._capacity())
             self._link.send([grid_pb2.FromArrayTask(slots=slots)])
 
+    def _hand_back(self, message_id: str, reason: str) -> None:
+        """Let another array task have a fit; the lock is held."""
+        if self._link is not None:
+            back = grid_pb2.HandBack(message_id=message_id, reason=reason)
+            self._link.send([grid_pb2.FromArrayTask(hand_back=back)])
+
     def _lose(self, slot: Slot, message_id: str, error: GpuLost) -> None:
         """Give up the slots of a GPU, and hand the fit back that was to run there."""
         logger.error("%s", error)
@@ -248,8 +258,9 @@ class Fits:
             self._held.pop(message_id, None)
             self._send_capacity()
             if self._link is not None:
-                back = grid_pb2.HandBack(message_id=message_id, reason=error.message)
-                self._link.send([grid_pb2.FromArrayTask(hand_back=back)])
+                self._hand_back(message_id, error.message)
+            else:  # the server may be told just now that it is held here
+                self._returns[message_id] = error.message
             useless = not self._slots
         if useless:
             self._on_useless(error)
