@@ -7,6 +7,7 @@ import queue
 import threading
 import time
 import traceback
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -35,6 +36,9 @@ FIT = "fedhpc.federation.fit"
 _TRIES = 3  # of a fit whose child or fork server was killed
 _TRIES_WITHOUT_MEMORY = 2  # of one that the kernel killed for want of memory
 _MB = 1e6
+
+
+_Queued = tuple[float, grid_pb2.Work]  # when it came, and what
 
 
 @dataclass
@@ -92,8 +96,13 @@ class Fits:
         self._on_useless = on_useless
         self._peaks = Peaks(paths.peaks)
         self._lock = threading.Lock()
-        self._waiting: queue.SimpleQueue[tuple[float, grid_pb2.Work]] = queue.SimpleQueue()
+        self._waiting: deque[_Queued] = deque()  # where every slot is busy
+        self._idle: dict[int, Slot] = {}
+        self._given_to: dict[int, queue.SimpleQueue[_Queued]] = {
+            slot.index: queue.SimpleQueue() for slot in slots
+        }
         self._held: dict[str, _Result | None] = {}  # None while it waits or runs
+        self._returns: dict[str, str] = {}  # fits to hand back, and why, where no link was there
         self._blobs: dict[str, int] = {}
         self._incoming: dict[str, int] = {}
         self._link: LinkClient | None = None
@@ -127,6 +136,9 @@ class Fits:
             results = [result for result in self._held.values() if result is not None]
             if link is not None:
                 self._send_capacity()  # it may have changed since the greeting
+                for message_id, reason in self._returns.items():
+                    self._hand_back(message_id, reason)
+                self._returns.clear()
                 for result in results:
                     link.send(result.events())
 
@@ -137,7 +149,7 @@ class Fits:
         elif event.HasField("work"):
             with self._lock:
                 self._held[event.work.message_id] = None
-            self._waiting.put((time.monotonic(), event.work))
+                self._give((time.monotonic(), event.work))
         elif event.HasField("accepted"):
             self._forget(event.accepted.message_id)
         elif event.HasField("cancel"):
@@ -168,16 +180,33 @@ class Fits:
 
     # --- slots ---
 
+    def _give(self, item: _Queued) -> None:
+        """Give a fit to a free slot of the GPU that has the fewest; the lock is held."""
+        busy = Counter(
+            gpu for slot in self._slots if slot.index not in self._idle for gpu in slot.gpus
+        )
+        free = [slot for slot in self._slots if slot.index in self._idle]
+        if free:
+            slot = min(free, key=lambda slot: (sum(busy[gpu] for gpu in slot.gpus), slot.index))
+            del self._idle[slot.index]
+            self._given_to[slot.index].put(item)
+        else:
+            self._waiting.append(item)
+
+    def _next(self, slot: Slot) -> _Queued | None:
+        """Wait for the next fit of a slot; None if its GPU is lost."""
+        with self._lock:
+            if slot not in self._slots:
+                return None
+            if self._waiting:
+                return self._waiting.popleft()
+            self._idle[slot.index] = slot
+        return self._given_to[slot.index].get()
+
     def _work_in(self, slot: Slot) -> None:
-        while True:
-            queued_s, work = self._waiting.get()
-            with self._lock:
-                wanted = work.message_id in self._held
-                usable = slot in self._slots
-            if not usable and self._slots:  # its GPU is lost, but not every GPU
-                self._waiting.put((queued_s, work))
-                return
-            if not wanted:
+        while (item := self._next(slot)) is not None:
+            queued_s, work = item
+            if not self._is_wanted(work):
                 continue  # cancelled while it waited
             try:
                 result = self._run(work, slot, time.monotonic() - queued_s)
@@ -215,6 +244,12 @@ class Fits:
             slots = grid_pb2.Slots(slots=self._capacity())
             self._link.send([grid_pb2.FromArrayTask(slots=slots)])
 
+    def _hand_back(self, message_id: str, reason: str) -> None:
+        """Let another array task have a fit; the lock is held."""
+        if self._link is not None:
+            back = grid_pb2.HandBack(message_id=message_id, reason=reason)
+            self._link.send([grid_pb2.FromArrayTask(hand_back=back)])
+
     def _lose(self, slot: Slot, message_id: str, error: GpuLost) -> None:
         """Give up the slots of a GPU, and hand the fit back that was to run there."""
         logger.error("%s", error)
@@ -223,8 +258,9 @@ class Fits:
             self._held.pop(message_id, None)
             self._send_capacity()
             if self._link is not None:
-                back = grid_pb2.HandBack(message_id=message_id, reason=error.message)
-                self._link.send([grid_pb2.FromArrayTask(hand_back=back)])
+                self._hand_back(message_id, error.message)
+            else:  # the server may be told just now that it is held here
+                self._returns[message_id] = error.message
             useless = not self._slots
         if useless:
             self._on_useless(error)

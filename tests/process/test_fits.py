@@ -147,6 +147,22 @@ def test_fits_of_unknown_need_run_alone_and_the_first_one_tells_for_all(
     task.sampler.close()
 
 
+def test_few_fits_spread_over_all_gpus_whichever_slots_were_used_before(
+    pool: ChildPool, cards: Cards, tmp_path: Path
+) -> None:
+    task = ArrayTask(tmp_path, pool, cards, {"slots_per_gpu": 3, "gpu_memory_gb": 4.0})
+
+    def gpus_of(clients: range) -> list[str]:
+        task.give(clients)
+        assert wait_until(lambda: set(clients) <= set(task.link.results), 30)
+        return sorted(task.link.results[client].fit.gpu for client in clients)
+
+    for first in range(0, 15, 3):  # three at a time: the slots do not come free in their order
+        gpus_of(range(first, first + 1))
+        assert gpus_of(range(first + 1, first + 3)) == ["GPU-a", "GPU-b"]
+    task.sampler.close()
+
+
 def test_a_given_need_admits_as_many_as_fit(pool: ChildPool, cards: Cards, tmp_path: Path) -> None:
     sets = {"slots_per_gpu": "auto", "gpu_memory_gb": 8.0}
     task = ArrayTask(tmp_path, pool, cards, sets)

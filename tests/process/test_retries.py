@@ -12,7 +12,7 @@ import pytest
 from entries import wait_until
 
 from fedhpc import config
-from fedhpc.errors import FitDied, FitFailed, FitKilled, ForkServerDied, SlotTimeout
+from fedhpc.errors import FitDied, FitFailed, FitKilled, ForkServerDied, GpuLost, SlotTimeout
 from fedhpc.federation import grid_pb2, message_ids
 from fedhpc.fits import Fits
 from fedhpc.isolation import Reply, Slot, channel, failures
@@ -208,3 +208,19 @@ def test_a_peak_that_cannot_be_kept_costs_no_fit(tmp_path: Path) -> None:
     fits.handle(grid_pb2.ToArrayTask(work=work))
     assert link.came.wait(5)
     assert not link.results[0].HasField("failure")
+
+
+def test_a_fit_that_lost_its_gpu_while_the_link_was_made_is_handed_back_over_it(
+    tmp_path: Path,
+) -> None:
+    pool = DyingPool([lambda: GpuLost("GPU-1 does not answer any more")])
+    fits, link, work = start(pool, tmp_path)
+    pool.during = lambda: fits.use(None)
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert wait_until(lambda: fits.held() == [])
+    sent: list[grid_pb2.FromArrayTask] = []
+    link.send = sent.extend  # type: ignore[method-assign]
+    fits.use(link)  # type: ignore[arg-type]
+    fits.use(link)  # type: ignore[arg-type]
+    backs = [event.hand_back.message_id for event in sent if event.HasField("hand_back")]
+    assert backs == [work.message_id]
