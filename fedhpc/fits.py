@@ -181,13 +181,12 @@ class Fits:
     # --- slots ---
 
     def _give(self, item: _Queued) -> None:
-        """Give a fit to a free slot of the GPU that has the fewest; the lock is held."""
+        """Give a fit to the slot that is free for longest, on the GPU that has fewest; locked."""
         busy = Counter(
             gpu for slot in self._slots if slot.index not in self._idle for gpu in slot.gpus
         )
-        free = [slot for slot in self._slots if slot.index in self._idle]
-        if free:
-            slot = min(free, key=lambda slot: (sum(busy[gpu] for gpu in slot.gpus), slot.index))
+        if free := [slot for slot in self._idle.values() if slot in self._slots]:
+            slot = min(free, key=lambda slot: sum(busy[gpu] for gpu in slot.gpus))
             del self._idle[slot.index]
             self._given_to[slot.index].put(item)
         else:
