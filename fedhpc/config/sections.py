@@ -184,7 +184,7 @@ class Isolation(Section):
         " left for it",
     )
     slot_timeout_s: Seconds = Field(
-        1800, description="how long a fit waits for its slot and memory, in seconds"
+        3600, description="how long a fit waits for its slot and memory, in seconds"
     )
     fit_timeout_s: Seconds = Field(
         3600, description="deadline of one fit, from the moment that it has its slot, in seconds"

@@ -14,7 +14,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedhpc import allotment, config, environment
 from fedhpc.federation import compat, seeds, strategies
 from fedhpc.federation.payload import BytesLike, decode_arrays, encode_arrays
-from fedhpc.isolation import ChildPool, PoolOptions, Slot, channel
+from fedhpc.isolation import ChildPool, Need, PoolOptions, Slot, channel
 from fedhpc.isolation.calls import DEFAULT_PRELOAD
 from fedhpc.isolation.nvml import open_nvml
 from fedhpc.paths import RunPaths
@@ -49,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
         isolation = isolation.model_copy(update={"device": "auto"})
     slot = allotment.slots(isolation, here, nvml, folder=folder)[0]
     with ChildPool(options, nvml) as pool:
-        model = _Model(pool, slot, isolation)
+        model = _Model(pool, slot, isolation, f"{Path(run_dir).name}, the server")
         arrays = model.initial(seeds.derive(settings.seed, "model"))
 
         def evaluate(server_round: int, current: ArrayRecord) -> MetricRecord | None:
@@ -69,7 +69,12 @@ def main(grid: Grid, context: Context) -> None:
 class _Model:
     """The global model, as far as it needs torch: each call is a child process."""
 
-    def __init__(self, pool: ChildPool, slot: Slot, isolation: config.Isolation) -> None:
+    def __init__(
+        self, pool: ChildPool, slot: Slot, isolation: config.Isolation, label: str
+    ) -> None:
+        given = isolation.gpu_memory_gb
+        self._need = None if given is None else Need(int(1e9 * given))
+        self._label = label
         self._pool = pool
         self._slot = slot
         self._isolation = isolation
@@ -99,7 +104,8 @@ class _Model:
                 slot=self._slot,
                 timeout_s=self._isolation.fit_timeout_s,
                 slot_timeout_s=self._isolation.slot_timeout_s,
-                label=f"the server, {function}",
+                label=self._label,
+                need=self._need,
             )
         finally:
             channel.close_all(fds)

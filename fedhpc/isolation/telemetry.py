@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 INTERVAL_S = 0.5
 _OWN_INTERVAL_S = 5.0
 _LIMITED_INTERVAL_S = 0.2  # where a child may have to be killed
+_LONGER_THAN_A_SAMPLE = 4
 _GONE_S = 2.0
 
 
@@ -83,6 +84,7 @@ class Sampler:
         self._nvml = nvml
         self._limit_bytes = host_limit_bytes
         self._interval_s = INTERVAL_S if host_limit_bytes is None else _LIMITED_INTERVAL_S
+        self._closing = False
         self._own_mb: float | None = None
         self._own_next_s = 0.0
         self._broken = False
@@ -117,6 +119,7 @@ class Sampler:
 
     def close(self) -> None:
         """Write what is left and stop."""
+        self._closing = True
         self._ended.put(None)
         self._thread.join(2 * _GONE_S)
 
@@ -130,14 +133,17 @@ class Sampler:
                     return
                 self._finish(*item)
             # Also where the next fit always ends before the last one's process has gone.
-            if time.monotonic() >= next_s:
+            began_s = time.monotonic()
+            if began_s >= next_s:
                 self._measure_own()
                 self._sample()
-                next_s = max(next_s + self._interval_s, time.monotonic())
+                # With many children a sample takes long: the lines of fits must not queue up.
+                took_s = time.monotonic() - began_s
+                next_s = began_s + max(self._interval_s, _LONGER_THAN_A_SAMPLE * took_s)
 
     def _finish(self, usage: Usage, gone: threading.Event | None, more: dict[str, Any]) -> None:
         if gone is not None:
-            gone.wait(_GONE_S)
+            gone.wait(0 if self._closing else _GONE_S)
         after = None
         if usage.gpu is not None:
             after = self._used_mb(usage.gpu)
