@@ -1,6 +1,5 @@
 """Flower's Grid over a `Transport`: a ServerApp talks to the clients through this."""
 
-import mmap
 import time
 from collections import Counter
 from collections.abc import Iterable
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedhpc import files
 from fedhpc.federation import compat, grid_pb2, message_ids, seeds
 from fedhpc.federation.payload import ArrayCache, pack, unpack
 from fedhpc.federation.recorder import Recorder
@@ -178,10 +178,8 @@ class HpcGrid(Grid):
         if digest in response.blobs:
             return response.blobs[digest]
         path = self._paths.result_blob(response.message_id, digest)
-        with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
-        response.blobs[digest] = data
-        path.unlink()  # the mapping keeps the bytes
+        data = response.blobs[digest] = files.map_whole(path, response.files[digest])
+        files.remove(path)  # the mapping keeps the bytes
         return data
 
     def _give_up(self, message_ids: set[str]) -> None:

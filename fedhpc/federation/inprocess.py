@@ -63,6 +63,7 @@ class InProcess:
             request.message_id,
             payload=grid_pb2.Payload.FromString(result.payload),
             blobs={blob.digest: memoryview(b"".join(blob.parts)) for blob in inline},
+            files={blob.digest: blob.size for blob in result.blobs if blob.in_file},
             fit=grid_pb2.Fit(run_s=time.monotonic() - start_s),
             array_task=0,
         )

@@ -1,5 +1,6 @@
 """What happened in a run, as it happens: metrics.jsonl, fits.jsonl and errors/."""
 
+import logging
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -7,8 +8,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fedhpc import files
+from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation.transport import Response
 from fedhpc.paths import RunPaths
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -147,4 +151,9 @@ class Recorder:
             f"{failure.reason}\n\n{failure.traceback}"
         )
         path = self._paths.errors / f"{response.message_id}.txt"
-        files.write_atomic(path, text)
+        try:
+            files.write_atomic(path, text, patience_s=0.0)
+        except Superseded:
+            raise
+        except PlatformError as error:  # the run does not depend on it; a person may
+            logger.warning("%s; it was to say:\n%s", error.message, text)

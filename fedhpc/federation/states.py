@@ -1,6 +1,5 @@
 """The clients' states: a client's ``context.state`` lives here between its fits."""
 
-import mmap
 from collections.abc import Collection
 from dataclasses import dataclass
 
@@ -8,14 +7,14 @@ from flwr.app import ArrayRecord, RecordDict
 
 from fedhpc.federation import compat
 from fedhpc.federation.payload import decode_arrays, encode_arrays
-from fedhpc.files import write_atomic
+from fedhpc.files import map_whole, remove, write_atomic
 from fedhpc.paths import RunPaths
 
 
 @dataclass(frozen=True)
 class _OnDisk:
     skeleton: RecordDict  # arrays without data
-    array_records: list[str]
+    array_records: dict[str, int]  # sizes of their files in bytes
 
 
 class ClientStates:
@@ -71,22 +70,23 @@ class ClientStates:
             self._used_bytes -= entry[1]
         if stored := self._on_disk.pop(client_id, None):
             for name in set(stored.array_records) - set(keep):
-                self._paths.state_blob(client_id, name).unlink(missing_ok=True)
+                remove(self._paths.state_blob(client_id, name))
 
     def _write(self, client_id: int, state: RecordDict) -> _OnDisk:
-        skeleton = RecordDict()
+        skeleton, sizes = RecordDict(), {}
         for name, record in state.items():
             if isinstance(record, ArrayRecord):
-                write_atomic(self._paths.state_blob(client_id, name), encode_arrays(record).parts)
+                blob = encode_arrays(record)
+                write_atomic(self._paths.state_blob(client_id, name), blob.parts)
+                sizes[name] = blob.size
                 skeleton[name] = compat.without_data(record)
             else:
                 skeleton[name] = record
-        return _OnDisk(skeleton, list(state.array_records))
+        return _OnDisk(skeleton, sizes)
 
     def _read(self, client_id: int, stored: _OnDisk) -> RecordDict:
         state = RecordDict(dict(stored.skeleton))
-        for name in stored.array_records:
-            with self._paths.state_blob(client_id, name).open("rb") as file:
-                data = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+        for name, size in stored.array_records.items():
+            data = map_whole(self._paths.state_blob(client_id, name), size)
             state[name] = decode_arrays(stored.skeleton.array_records[name], data)
         return state
