@@ -151,8 +151,8 @@ def read_json(path: Path) -> Any | None:
         return None
 
 
-def append_line(path: Path, value: Any, *, patience_s: float | None = None) -> None:
-    """Append ``value`` as one JSON line, in a single write.
+def append_line(path: Path, *values: Any, patience_s: float | None = None) -> None:
+    """Append each of ``values`` as one JSON line, in a single write.
 
     What a process that was killed has left of a line stays a line of its own.
 
@@ -161,7 +161,8 @@ def append_line(path: Path, value: Any, *, patience_s: float | None = None) -> N
     PlatformError
         If the disk refuses it; see `write_atomic`.
     """
-    line = (json.dumps(value, separators=(",", ":")) + "\n").encode()
+    text = "".join(json.dumps(value, separators=(",", ":")) + "\n" for value in values)
+    line = text.encode()
     again = False
 
     def append() -> None:

@@ -59,4 +59,4 @@ def test_a_disk_that_takes_no_samples_ends_neither_the_start_nor_the_limit_of_me
         sampler(tmp_path / "no folder" / "0.jsonl", pool, host_limit_bytes=1),
     ):
         assert pool.killed.wait(5)
-    assert caplog.text.count("no more telemetry") == 1
+    assert caplog.text.count("telemetry is lost") == 1
