@@ -213,9 +213,10 @@ def _check(paths: RunPaths, standing: Standing) -> None:
         try:
             settle(paths, reason, cancelled=cancelled, finished=finished)
             standing.status = run_state.read(paths)
-        except PlatformError:  # somebody else's run, or the disk is full
+        except PlatformError as error:  # somebody else's run, or the disk is full
             state = _how(cancelled=cancelled, finished=finished)
-            standing.status = {**standing.status, "state": state, "reason": reason}
+            code = 0 if finished else error.exit_code
+            standing.status |= {"state": state, "reason": reason, "exit_code": code}
 
 
 def _look_here(paths: RunPaths, jobs: Submission, standing: Standing) -> None:
