@@ -258,8 +258,10 @@ def claim(path: Path) -> bool:
     return persist(create, f"create {path}")
 
 
-def open_whole(path: Path, size: int, timeout_s: float = 30.0) -> int:
+def open_whole(path: Path, size: int | None = None, timeout_s: float = 30.0) -> int:
     """Return a descriptor of a file that another node has written, once all of it is seen here.
+
+    Where ``size`` is not known the file counts as whole as soon as it is there.
 
     Raises
     ------
@@ -278,7 +280,7 @@ def open_whole(path: Path, size: int, timeout_s: float = 30.0) -> int:
             seen = error.strerror or "no file"
             return False
         length = os.fstat(fd).st_size
-        if length == size:
+        if size is None or length == size:
             found.append(fd)
             return True
         os.close(fd)
@@ -287,13 +289,14 @@ def open_whole(path: Path, size: int, timeout_s: float = 30.0) -> int:
 
     if not wait_until(whole, timeout_s):
         raise PlatformError(
-            f"wanted {path} with {size} bytes, found {seen} for {timeout_s:.0f} s",
+            f"wanted {path}{f' with {size} bytes' if size else ''}, found {seen} for"
+            f" {timeout_s:.0f} s",
             "is the run folder on a disk that this node sees?",
         )
     return found[0]
 
 
-def map_whole(path: Path, size: int, timeout_s: float = 30.0) -> memoryview:
+def map_whole(path: Path, size: int | None = None, timeout_s: float = 30.0) -> memoryview:
     """Return the content of a file that another node has written; see `open_whole`."""
     fd = open_whole(path, size, timeout_s)
     try:
