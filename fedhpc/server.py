@@ -317,7 +317,14 @@ class Server:
                 f" {self._config.cluster.max_requeues + 1}) and will go on at round {last + 1}"
             )
         logger.warning("%s", reason)
-        run_state.write(self._paths, "pending", reason, attempt=self._attempt)
+        try:
+            run_state.write(
+                self._paths, "pending", reason, patience_s=_LAST_WRITE_S, attempt=self._attempt
+            )
+        except Superseded:
+            raise
+        except PlatformError as error:  # Slurm knows it too
+            logger.warning("%s", error)
         if stop.signum == signal.SIGUSR2:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's, on the way to the queue
             try:

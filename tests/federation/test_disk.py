@@ -254,8 +254,13 @@ def test_a_server_that_wakes_up_beside_its_successor_leaves_and_writes_nothing(
         )
         end_all.append(new)
         assert wait_until(paths.attempt(2).exists, 30, max_pause_s=0.01)
-        eventually(lambda: (read_json(paths.status) or {}).get("attempt") == 2)
-        assert wait_until(paths.fits.exists, 120, max_pause_s=0.002)
+
+        def at_work() -> bool:
+            status = read_json(paths.status) or {}
+            connected = any(known["connected"] for known in status.get("array_tasks", ()))
+            return status.get("attempt") == 2 and connected
+
+        assert wait_until(at_work, 120, max_pause_s=0.01)
     finally:
         os.kill(old, signal.SIGCONT)
     seen: Counter[tuple[int, int]] = Counter()
