@@ -153,7 +153,8 @@ class Publisher:
             If the disk refuses it.
         """
         self._stop.set()
-        self._thread.join(BEAT_S)
+        if self._thread.is_alive():
+            self._thread.join(BEAT_S)
         with self._lock:
             self._current = replace(self._current, phase=phase)
         if not self._fence.is_passed():

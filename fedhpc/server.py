@@ -167,12 +167,12 @@ class Server:
             ),
             self._supersede,
         )
-        publisher.start()
-        logger.info("attempt %d listens on %s:%d", self._attempt, host, port)
         self._links = links
         phase: rendezvous.Phase = "failed"
         goes_on = False
         try:
+            publisher.start()
+            logger.info("attempt %d listens on %s:%d", self._attempt, host, port)
             yield links
             phase = "finished"
         except _Stop as stop:
