@@ -163,9 +163,10 @@ class Server:
             num_clients=self._config.federation.num_clients,
             seed=self._config.seed,
             state_bytes=self._config.cluster.state_mb * 1e6,
+            retry=self._config.failures.retry,
         )
         compat.set_identity(self._paths.run_id)
-        rounds = Rounds()
+        rounds = Rounds(self._config)
         compat.replace_strategy_start(
             lambda strategy, *args, **kwargs: rounds.start(strategy, *args, **kwargs)
         )

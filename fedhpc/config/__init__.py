@@ -6,12 +6,22 @@ Names of models, strategies, optimizers and partitioners are checked in the seco
 """
 
 from fedhpc.config.loading import dump, load, parse, schema
-from fedhpc.config.sections import Cluster, Config, Data, Federation, Isolation, JobOptions, Named
+from fedhpc.config.sections import (
+    Cluster,
+    Config,
+    Data,
+    Failures,
+    Federation,
+    Isolation,
+    JobOptions,
+    Named,
+)
 
 __all__ = [
     "Cluster",
     "Config",
     "Data",
+    "Failures",
     "Federation",
     "Isolation",
     "JobOptions",

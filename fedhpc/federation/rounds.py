@@ -9,17 +9,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from fedhpc.errors import RunError
+from fedhpc.config import Config
 from fedhpc.federation import seeds
+from fedhpc.federation.cohort import too_few
 from fedhpc.federation.grid import HpcGrid
 
 
 class Rounds:
     """Runs strategies and keeps the model they end with.
+
+    Parameters
+    ----------
+    config : Config
+        Of the run.
 
     Attributes
     ----------
@@ -27,8 +33,12 @@ class Rounds:
         The global model after the last round, once there is one.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, config: Config) -> None:
         self.final_arrays: ArrayRecord | None = None
+        self._failures = config.failures
+        federation = config.federation
+        # More are asked only then, and only by the built-in app.
+        self._wanted = federation.clients_per_round if federation.over_select > 1 else None
 
     def start(
         self,
@@ -46,13 +56,14 @@ class Rounds:
         Raises
         ------
         RunError
-            If no client of a round's cohort could train.
+            If too few clients of a round's cohort could train, and the config says stop.
         """
         assert isinstance(grid, HpcGrid)  # noqa: S101  (apps get no other one)
         recorder, seed = grid.recorder, grid.seed
         strategy.summary()
         train_config = train_config or ConfigRecord()
         evaluate_config = evaluate_config or ConfigRecord()
+        averages = _averages(strategy)
         result = Result()
         arrays = initial_arrays
         recorder.rounds_begin(num_rounds)
@@ -78,27 +89,43 @@ class Rounds:
             seeds.seed_all(seeds.derive(seed, server_round, "configure_train"))
             messages = list(strategy.configure_train(server_round, arrays, train_config, grid))
             with seconds.measure("train"):
-                replies = grid.send_and_receive(messages, timeout=timeout)
-            _check_any(replies, len(messages), server_round, recorder.last_failure)
-            line["cohort"] = len(messages)
-            line["failures"] = len(messages) - sum(reply.has_content() for reply in replies)
-            seeds.seed_all(seeds.derive(seed, server_round, "aggregate_train"))
-            with seconds.measure("aggregate"):
-                new_arrays, train_metrics = strategy.aggregate_train(server_round, replies)
-            if new_arrays is not None:
-                arrays = result.arrays = new_arrays
-            if train_metrics is not None:
-                result.train_metrics_clientapp[server_round] = train_metrics
-                line["train"] = dict(train_metrics)
+                outcome = grid.exchange(
+                    messages,
+                    timeout=timeout,
+                    wanted=self._wanted,
+                    compare_metrics=averages,
+                    journalled=True,
+                )
+            line |= outcome.figures()
+            problem = too_few(outcome, self._failures, server_round, recorder.last_failure)
+            grid.journal.write(outcome)
+            if problem:
+                line["too_few"] = problem
+            if problem and self._failures.on_too_few == "skip_round":
+                recorder.round_ended(server_round, {**line, "seconds": seconds.values})
+                continue
+            if not problem:
+                outcome.commit()
+                seeds.seed_all(seeds.derive(seed, server_round, "aggregate_train"))
+                with seconds.measure("aggregate"):
+                    new_arrays, train_metrics = strategy.aggregate_train(
+                        server_round, outcome.replies
+                    )
+                if new_arrays is not None:
+                    arrays = result.arrays = new_arrays
+                if train_metrics is not None:
+                    result.train_metrics_clientapp[server_round] = train_metrics
+                    line["train"] = dict(train_metrics)
 
             seeds.seed_all(seeds.derive(seed, server_round, "configure_evaluate"))
             messages = list(
                 strategy.configure_evaluate(server_round, arrays, evaluate_config, grid)
             )
             with seconds.measure("evaluate_clients"):
-                replies = grid.send_and_receive(messages, timeout=timeout)
+                outcome = grid.exchange(messages, timeout=timeout, compare_metrics=averages)
+            outcome.commit()
             seeds.seed_all(seeds.derive(seed, server_round, "aggregate_evaluate"))
-            client_metrics = strategy.aggregate_evaluate(server_round, replies)
+            client_metrics = strategy.aggregate_evaluate(server_round, outcome.replies)
             if client_metrics is not None:
                 result.evaluate_metrics_clientapp[server_round] = client_metrics
                 line["evaluate_clients"] = dict(client_metrics)
@@ -126,9 +153,8 @@ class _Seconds:
         self.values[name] = round(time.monotonic() - start_s, 4)
 
 
-def _check_any(replies: list[Message], sent: int, server_round: int, last_failure: str) -> None:
-    if sent and not any(reply.has_content() for reply in replies):
-        raise RunError(
-            f"round {server_round}: none of its {sent} clients could train; at last {last_failure}",
-            "the run folder's errors/ has every traceback",
-        )
+def _averages(strategy: Strategy) -> bool:
+    """Return whether a strategy, or the one that it wraps, refuses metrics of different names."""
+    while isinstance(inner := getattr(strategy, "strategy", None), Strategy):
+        strategy = inner
+    return isinstance(strategy, FedAvg)
