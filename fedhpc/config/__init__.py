@@ -7,6 +7,7 @@ Names of models, strategies, optimizers and partitioners are checked in the seco
 
 from fedhpc.config.loading import dump, load, parse, schema
 from fedhpc.config.sections import (
+    Checkpoints,
     Cluster,
     Config,
     Data,
@@ -18,6 +19,7 @@ from fedhpc.config.sections import (
 )
 
 __all__ = [
+    "Checkpoints",
     "Cluster",
     "Config",
     "Data",

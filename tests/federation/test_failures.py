@@ -174,16 +174,18 @@ def test_a_round_closes_when_enough_have_succeeded_and_is_done_again_with_the_sa
     assert run.status["fits_cancelled"] == 4
     entries = sorted(run.paths.accepted.iterdir())
     assert [len(read_json(entry)["accepted"]) for entry in entries] == [4, 4]
-    # The server of a requeued job begins anew. Nobody is slow now, and fits run in another order:
-    # only the journal says whose replies count.
+    # Another attempt does round 2 again. Nobody is slow now, and fits run in another order: only
+    # the journal says whose replies count.
     before, paths = run.metrics, run.paths
     paths.config.write_text(paths.config.read_text().replace("executor: local", "executor: debug"))
     paths.status.unlink()
-    shutil.rmtree(paths.checkpoints, ignore_errors=True)
+    paths.best_checkpoint.unlink(missing_ok=True)
+    shutil.rmtree(paths.checkpoint(2))
     command = [sys.executable, "-m", "fedhpc.server", str(paths.root)]
     server = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=90)
     again = Run(paths, server.returncode, server.stdout + server.stderr)
     assert again.status["attempt"] == 2
+    assert "going on after round 1" in again.output
     assert again.checksum == checksum
     assert [fit["client"] for fit in again.fits if fit["client"] < 2] == []
     kept = ("round", "cohort", "failures", "cancelled")

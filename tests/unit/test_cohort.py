@@ -12,12 +12,14 @@ from flwr.serverapp.strategy import FedAvg
 from fedhpc import config
 from fedhpc.errors import RunError
 from fedhpc.federation import apps, compat
+from fedhpc.federation.checkpoint import CheckpointStore
 from fedhpc.federation.cohort import Streaks
 from fedhpc.federation.fit import Prepared
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.inprocess import InProcess
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.rounds import Rounds
+from fedhpc.federation.states import ClientStates
 from fedhpc.federation.transport import Request, Response
 from fedhpc.files import read_json, read_lines
 from fedhpc.paths import RunPaths
@@ -72,6 +74,7 @@ class Federation:
         self.paths.blobs.mkdir(exist_ok=True)
         federation = {"num_clients": CLIENTS, "clients_per_round": 4, **sets.pop("federation", {})}
         raw = {"federation": federation, "cluster": sets.pop("cluster", {}), "failures": sets}
+        raw["checkpoint"] = {"every": 0}
         self.config = config.parse(raw, "test")
         compat.set_identity("test")
         spec = apps.AppSpec("", "", None, [], {})
@@ -93,7 +96,7 @@ class Federation:
             self.paths,
             num_clients=CLIENTS,
             seed=0,
-            state_bytes=1e9,
+            states=ClientStates(self.paths, 1e9),
             retry=self.config.failures.retry,
         )
 
@@ -105,7 +108,8 @@ class Federation:
         def look(_round: int, arrays: ArrayRecord) -> None:
             seen.append(float(arrays["w"].numpy()[0]))
 
-        self.result = Rounds(self.config).start(
+        store = CheckpointStore(self.paths, self.config.checkpoint, attempt=1)
+        Rounds(store, self.config).start(
             strategy, self.grid, START, rounds, timeout, evaluate_fn=look
         )
         return seen[1:]
