@@ -35,8 +35,6 @@ class Rounds:
         Where checkpoints go.
     config : Config
         Of the run.
-    found : Checkpoint, optional
-        Where to go on.
 
     Attributes
     ----------
@@ -46,15 +44,17 @@ class Rounds:
         How often an app has called `start`.
     """
 
-    def __init__(
-        self, store: CheckpointStore, config: Config, found: Checkpoint | None = None
-    ) -> None:
+    def __init__(self, store: CheckpointStore, config: Config) -> None:
         self._store = store
         self._config = config
         self._every = config.checkpoint.every
-        self._found = found
+        self._found: Checkpoint | None = None
         self.final_arrays: ArrayRecord | None = None
         self.starts = 0
+
+    def go_on_from(self, found: Checkpoint) -> None:
+        """Let the first call of `start` go on from a checkpoint."""
+        self._found = found
 
     def why_not(self) -> str:
         """Return why this run could not go on from a checkpoint; "" if it can."""
