@@ -15,7 +15,8 @@ class Offers:
     def __init__(self) -> None:
         self._of: defaultdict[int, dict[str, str]] = defaultdict(dict)  # fingerprints by message
         self._newest_round = 0
-        self._asked: dict[tuple[int, str], tuple[int, int]] = {}  # the latest by client and verb
+        # The last sequence number by round (the newest, and 0), client and verb.
+        self._asked: dict[tuple[int, int, str], int] = {}
 
     def of(self, link: int) -> Mapping[str, str]:
         """Return what a link offers: fingerprints by message."""
@@ -43,9 +44,11 @@ class Offers:
     def ask(self, message_id: str) -> list[tuple[int, str]]:
         """Note that a message is asked for; return who offered it, and the fingerprints."""
         parts = _read(message_id)
-        self._newest_round = max(self._newest_round, parts.server_round)
-        key, at = (parts.client_id, parts.verb), (parts.server_round, parts.sequence)
-        self._asked[key] = max(at, self._asked.get(key, at))
+        if parts.server_round > self._newest_round:
+            self._newest_round = parts.server_round
+            self._asked = {key: last for key, last in self._asked.items() if key[0] == 0}
+        key = parts[:3]
+        self._asked[key] = max(parts.sequence, self._asked.get(key, 0))
         found = [(link, held[message_id]) for link, held in self._of.items() if message_id in held]
         for link, _ in found:
             self.remove(link, message_id)
@@ -54,10 +57,8 @@ class Offers:
     def is_past(self, message_id: str) -> bool:
         """Return whether a message that is not open will not be asked for any more."""
         parts = _read(message_id)
-        asked = self._asked.get((parts.client_id, parts.verb))
-        return 0 < parts.server_round < self._newest_round or (
-            asked is not None and (parts.server_round, parts.sequence) <= asked
-        )
+        lower = 0 < parts.server_round < self._newest_round
+        return lower or parts.sequence <= self._asked.get(parts[:3], -1)
 
     def past(self) -> list[tuple[int, str]]:
         """Return the link and message of the offers that are pointless by now."""
