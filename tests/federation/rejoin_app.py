@@ -35,7 +35,7 @@ def main(grid: Grid, context: Context) -> None:
     arrays = ArrayRecord({"w": Array(np.zeros(3, dtype=np.float32))})
     config = ConfigRecord({"seconds": context.run_config["seconds"], "step": 1.0})
     strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0)
-    strategy.start(grid=grid, initial_arrays=arrays, train_config=config, num_rounds=4)
+    strategy.start(grid=grid, initial_arrays=arrays, train_config=config, num_rounds=3)
 """
 CLIENT = """
 import time

@@ -1,6 +1,7 @@
 """Real array tasks whose server goes away, stalls or comes back as the next attempt."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -12,19 +13,21 @@ import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 from rejoin_app import SlowApp
-from support import REPOSITORY, eventually
+from support import REPOSITORY, Submitter, eventually
 
 from fedhpc import files
+from fedhpc.cluster import submission
 from fedhpc.federation import certificates, compat
 from fedhpc.federation.dispatch import Dispatch
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.link_server import LinkOptions, LinkServer
 from fedhpc.federation.recorder import Recorder
+from fedhpc.files import read_json
 from fedhpc.paths import RunPaths, create_run_folder
 from fedhpc.rendezvous import Publisher, Rendezvous
 
 SLOTS = 2
-LIVENESS_S = 5.0
+LIVENESS_S = 4.0
 
 
 class Attempt:
@@ -166,3 +169,53 @@ def test_an_array_task_brings_its_fits_to_the_next_attempts_and_none_runs_twice(
 
     fourth.finish()
     assert list(paths.blobs.iterdir()) == []
+
+
+def _pid(paths: RunPaths, role: str) -> int:
+    return int((read_json(paths.process(role)) or {})["pid"])
+
+
+def _stall(pid: int) -> None:
+    """Stop a process for longer than others wait for a sign of life."""
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        time.sleep(LIVENESS_S + 1.5)
+    finally:
+        os.kill(pid, signal.SIGCONT)
+
+
+def test_a_stalled_server_blames_nobody_and_a_stalled_array_task_is_replaced_and_comes_back(
+    submitter: Submitter, app: SlowApp, tmp_path: Path
+) -> None:
+    process = submitter.start(
+        [
+            "app.run_config.seconds=2.0",
+            "federation.num_clients=4",
+            "cluster.array_tasks=2",
+            "cluster.min_array_tasks=2",
+            f"cluster.liveness_timeout_s={LIVENESS_S}",
+            f"isolation.slots={SLOTS}",
+            f"isolation.lock_dir={tmp_path / 'locks'}",
+        ],
+        config=app.config,
+    )
+    eventually(lambda: len(app.began()) == 4, 60)  # round 1
+    paths = submitter.newest()
+    jobs = submission.read(paths)
+    assert jobs is not None
+    logs = {role: paths.jobs / f"{job_id}_0_log.err" for role, job_id in jobs.roles()}
+    _stall(_pid(paths, "server"))
+    eventually(lambda: len(app.began()) >= 8, 30)  # round 2
+    assert sorted(app.began()) == sorted(set(app.began())), "a fit ran twice"
+    for role in ("client-0", "client-1"):
+        assert "the server was silent for" in logs[role].read_text()
+    assert "was silent for" not in logs["server"].read_text()
+
+    _stall(_pid(paths, "client-0"))
+    output, _ = process.communicate(timeout=90)
+    told = output + "".join(path.read_text() for path in logs.values())
+    assert process.returncode == 0, told
+    assert "array task 0 was silent for" in logs["server"].read_text()
+    fits = [(fit["round"], fit["client"]) for fit in files.read_lines(paths.fits)]
+    assert sorted(fits) == [(number, client) for number in range(1, 4) for client in range(4)]
+    assert set(app.began()) == {f"{number} {client}" for number, client in fits}
