@@ -184,7 +184,7 @@ def test_results_from_before_are_sent_to_a_server_only_when_it_wants_them(tmp_pa
     pool = DyingPool([lambda: FitFailed("ValueError: x")])
     fits, link, work = start(pool, tmp_path)
     work.fingerprint = "f"
-    pool.during = lambda: fits.use(None)
+    pool.during = lambda: [fits.use(None), fits.use(link)]  # type: ignore[arg-type, func-returns-value]
     fits.handle(grid_pb2.ToArrayTask(work=work))
     assert wait_until(lambda: fits._held[work.message_id].result)
     held = [grid_pb2.Held(message_id=work.message_id, fingerprint="f")]
