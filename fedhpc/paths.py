@@ -134,8 +134,18 @@ class RunPaths:
 
     @property
     def checkpoints(self) -> Path:
-        """One folder a checkpoint; the last by name is the newest."""
+        """One folder a checkpoint; the last by name is the newest, `best` links to the best."""
         return self.root / "checkpoints"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """A link to the folder of the best one by ``checkpoint.best_metric``."""
+        return self.checkpoints / "best"
+
+    @property
+    def states(self) -> Path:
+        """Arrays of client states that are not kept in memory."""
+        return self.root / "states"
 
     @property
     def model(self) -> Path:
@@ -172,10 +182,19 @@ class RunPaths:
         """Return the file of arrays that belong to a result: nobody else refers to it."""
         return self.blobs / f"{message_id}.{digest}.safetensors"
 
-    def state_blob(self, client_id: int, record: str) -> Path:
-        """Return the file of one ArrayRecord of a client's state."""
+    def state_blob(self, client_id: int, record: str, digest: str) -> Path:
+        """Return the file of one ArrayRecord of a client's state, by its content."""
         name = hashlib.sha256(record.encode()).hexdigest()[:16]  # a record may have any name
-        return self.blobs / f"state-{client_id}-{name}.safetensors"
+        return self.states / f"{client_id:06d}-{name}-{digest}.safetensors"
+
+    @staticmethod
+    def digest_of_state(name: str) -> str:
+        """Return the digest in the name of such a file."""
+        return name.rpartition("-")[2].partition(".")[0]
+
+    def checkpoint(self, server_round: int) -> Path:
+        """Return the folder of the checkpoint after a round."""
+        return self.checkpoints / f"round-{server_round:05d}"
 
 
 def create_run_folder(runs_dir: Path, name: str) -> RunPaths:
@@ -199,6 +218,8 @@ def create_run_folder(runs_dir: Path, name: str) -> RunPaths:
             paths.jobs.mkdir()
             paths.errors.mkdir()
             paths.blobs.mkdir()
+            paths.states.mkdir()
+            paths.checkpoints.mkdir()
         except FileExistsError:
             continue
         except OSError as error:

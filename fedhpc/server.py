@@ -16,13 +16,15 @@ from typing import Any
 from fedhpc import config, environment, files, logging_setup, network, rendezvous, run_state
 from fedhpc.cluster import entries, slurm, submission
 from fedhpc.errors import FedHPCError, PlatformError, RunError
-from fedhpc.federation import apps, certificates, compat, dispatch, fit
+from fedhpc.federation import apps, certificates, compat, dispatch, fit, plain
+from fedhpc.federation.checkpoint import Checkpoint, CheckpointStore
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.inprocess import InProcess
 from fedhpc.federation.link_server import LinkOptions, LinkServer
 from fedhpc.federation.payload import encode_arrays
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.rounds import Rounds
+from fedhpc.federation.states import ClientStates
 from fedhpc.federation.transport import Transport
 from fedhpc.oversight import ClientArray
 from fedhpc.paths import RunPaths, latest_attempt, open_run_folder
@@ -30,6 +32,7 @@ from fedhpc.paths import RunPaths, latest_attempt, open_run_folder
 logger = logging.getLogger(__name__)
 
 _STATUS_S = 0.5
+_LAST_WRITE_S = 4.0
 _KILLED_BY_SIGNAL = 128
 
 
@@ -62,12 +65,24 @@ class Server:
                 "submit it again; a run folder is used once",
             )
         self._attempt = _claim_attempt(paths)
-        if self._attempt > 1:  # it begins at round 1 again, and so do its records
-            for path in (paths.metrics, paths.fits, paths.model):
-                path.unlink(missing_ok=True)
+        settings = self._config.checkpoint
+        self._checkpoints = CheckpointStore(paths, settings, self._attempt)
+        found = self._checkpoints.load_newest() if self._attempt > 1 else None
+        if self._attempt > 1:
+            self._forget_what_followed(found)
+        self._rounds = Rounds(self._checkpoints, settings.every, found)
         self._clients = ClientArray(paths, self._config.cluster)
         self._superseded = threading.Event()
         self._links: LinkServer | None = None
+
+    def _forget_what_followed(self, found: Checkpoint | None) -> None:
+        """Take the records back to where this attempt goes on: at a checkpoint, or at round 1."""
+        self._paths.model.unlink(missing_ok=True)
+        if found is not None:
+            self._recorder.go_on_from(plain.decode(found.parts["records"]))
+        else:
+            self._paths.metrics.unlink(missing_ok=True)
+            self._paths.fits.unlink(missing_ok=True)
 
     def run(self) -> int:
         """Run the federation to its end; return the exit code."""
@@ -156,22 +171,29 @@ class Server:
 
     def _run_app(self, transport: Transport) -> None:
         """Call the ServerApp and write the model that its strategy ends with."""
+        state_bytes = self._config.cluster.state_mb * 1e6
         grid = HpcGrid(
             transport,
             self._recorder,
             self._paths,
             num_clients=self._config.federation.num_clients,
             seed=self._config.seed,
-            state_bytes=self._config.cluster.state_mb * 1e6,
+            states=ClientStates(self._paths, state_bytes, self._checkpoints.refers_to),
         )
         compat.set_identity(self._paths.run_id)
-        rounds = Rounds()
+        rounds = self._rounds
         compat.replace_strategy_start(
             lambda strategy, *args, **kwargs: rounds.start(strategy, *args, **kwargs)
         )
         spec = apps.locate(self._config, self._paths)
         app = apps.load_server(spec)
-        app(grid, apps.server_context(spec, self._paths.run_id))
+        try:
+            app(grid, apps.server_context(spec, self._paths.run_id))
+        except BaseException:
+            with contextlib.suppress(PlatformError):  # there is an error already
+                self._checkpoints.close(_LAST_WRITE_S)
+            raise
+        self._checkpoints.close()
         if rounds.final_arrays is not None:
             files.write_atomic(self._paths.model, encode_arrays(rounds.final_arrays).parts)
         else:
@@ -206,6 +228,8 @@ class Server:
         return {
             "attempt": self._attempt,
             "array_tasks": self._links.array_tasks() if self._links else [],
+            "checkpoint": self._checkpoints.last_round,
+            "begins_anew": self._rounds.why_not() if self._recorder.has_sent else "",
             **self._recorder.progress(),
         }
 
@@ -233,22 +257,25 @@ class Server:
             except PlatformError as error:
                 logger.warning("why the server is stopped is not known: %s", error.message)
                 return False
-        # Nothing is lost by another attempt: no array task has come yet.
-        return (
-            self._attempt <= self._config.cluster.max_requeues
-            and not (self._links and self._links.array_tasks())
-            and self._clients.pending()
-        )
+        if self._attempt > self._config.cluster.max_requeues:
+            return False
+        if self._links and self._links.array_tasks():
+            return not self._rounds.why_not()
+        return self._clients.pending()  # nothing is lost by another attempt
 
     def _leave_for_next_attempt(self, stop: _Stop) -> int:
         """Say that the server job is in the queue again, and put it there if Slurm has not."""
+        last = self._checkpoints.last_round or 0
         if stop.signum == signal.SIGTERM:
-            reason = "Slurm has queued the server job again; it will begin at round 1"
+            reason = f"Slurm has queued the server job again; it will go on at round {last + 1}"
         else:
+            why = "the server's time limit (cluster.time_min) is near, or it is preempted"
+            if not (self._links and self._links.array_tasks()):
+                why = "the client array was still pending near the server's time limit"
+                why += self._clients.said()
             reason = (
-                "the client array was still pending near the server's time limit"
-                f"{self._clients.said()}; the server job is queued again (attempt"
-                f" {self._attempt + 1} of at most {self._config.cluster.max_requeues + 1})"
+                f"{why}; the server job is queued again (attempt {self._attempt + 1} of at most"
+                f" {self._config.cluster.max_requeues + 1}) and will go on at round {last + 1}"
             )
         logger.warning("%s", reason)
         run_state.write(self._paths, "pending", reason, attempt=self._attempt)

@@ -22,7 +22,7 @@ import typer
 from fedhpc import __version__, config, files, plan, snapshot
 from fedhpc.config import Config
 from fedhpc.errors import ConfigError, FedHPCError, PlatformError
-from fedhpc.paths import RunPaths, create_run_folder
+from fedhpc.paths import RunPaths, create_run_folder, open_run_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -44,6 +44,14 @@ class Executor(StrEnum):
 def main(
     config_file: Annotated[
         Path | None, typer.Argument(metavar="CONFIG", help="The experiment's YAML file.")
+    ] = None,
+    resume_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--resume",
+            metavar="RUN_DIR",
+            help="Go on with a run that ended early, or has more rounds to do now.",
+        ),
     ] = None,
     executor: Annotated[
         Executor | None,
@@ -83,8 +91,14 @@ def main(
         if schema:
             sys.stdout.write(config.schema())
             return
-        if config_file is None:
-            raise ConfigError("command line", ["CONFIG: expected a YAML file, found nothing"])
+        if (config_file is None) == (resume_dir is None):
+            found = "nothing" if config_file is None else "both"
+            raise ConfigError(
+                "command line", [f"CONFIG: expected a YAML file or --resume RUN_DIR, found {found}"]
+            )
+        earlier = resume_dir and open_run_folder(resume_dir)
+        config_file = earlier.config if earlier else config_file
+        assert config_file is not None  # noqa: S101
         chosen = [*(assignments or [])]
         if executor is not None:
             chosen.append(f"cluster.executor={executor.value}")
@@ -93,7 +107,10 @@ def main(
         if dry_run:
             plan.show(resolved, maybe_on_slurm=loaded.cluster.executor in ("auto", "slurm"))
             return
-        resolved, paths = _prepare(resolved, str(config_file))
+        if earlier:
+            paths = _resume(resolved, earlier)
+        else:
+            resolved, paths = _prepare(resolved, str(config_file))
         if prepare:
             typer.echo(paths.root)
             return
@@ -163,6 +180,21 @@ def _prepare(resolved: Config, source: str) -> tuple[Config, RunPaths]:
         shutil.rmtree(paths.root, ignore_errors=True)  # nothing was started: leave nothing
         raise
     return resolved, paths
+
+
+def _resume(resolved: Config, paths: RunPaths) -> RunPaths:
+    """Make a run folder ready to go on."""
+    from fedhpc import resume
+
+    changes = resume.check(paths, resolved)
+    prepared = files.read_json(paths.data) if resolved.app.is_builtin else None
+    if prepared is not None and not Path(prepared["packed"]).exists():
+        _preflight(resolved, paths, str(paths.config))
+    resume.prepare(paths, resolved, changes, sys.argv)
+    done = resume.last_round(paths)
+    text = f"after round {done}" if done else "at round 1: there is no checkpoint"
+    typer.echo(f"going on {text}", err=True)
+    return paths
 
 
 def _submit(resolved: Config, paths: RunPaths, follow: bool | None) -> int:

@@ -6,9 +6,19 @@ Names of models, strategies, optimizers and partitioners are checked in the seco
 """
 
 from fedhpc.config.loading import dump, load, parse, schema
-from fedhpc.config.sections import Cluster, Config, Data, Federation, Isolation, JobOptions, Named
+from fedhpc.config.sections import (
+    Checkpoints,
+    Cluster,
+    Config,
+    Data,
+    Federation,
+    Isolation,
+    JobOptions,
+    Named,
+)
 
 __all__ = [
+    "Checkpoints",
     "Cluster",
     "Config",
     "Data",

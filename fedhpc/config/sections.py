@@ -195,6 +195,21 @@ class Isolation(Section):
     )
 
 
+class Checkpoints(Section):
+    """What a run goes on from when its server was lost, requeued, or resumed."""
+
+    every: Count = Field(
+        1, description="rounds between checkpoints; 0: none, and a run cannot go on"
+    )
+    keep: Positive = Field(2, description="how many of the newest are kept")
+    best_metric: StrictStr | None = Field(
+        "accuracy",
+        description="the best checkpoint by this metric (of the server's evaluation, or else of the"
+        " clients') is kept too; null, or no such metric: none",
+    )
+    best_mode: Literal["max", "min"] = Field("max", description="whether more is better, or less")
+
+
 class JobOptions(Section):
     """Options of a Slurm job; null leaves Slurm's default."""
 
@@ -327,6 +342,7 @@ class Config(Section):
         Named(name="FedAvg"), description="A strategy of flwr.serverapp.strategy."
     )
     isolation: Isolation = Field(Isolation(), description=Isolation.__doc__)
+    checkpoint: Checkpoints = Field(Checkpoints(), description=Checkpoints.__doc__)
     cluster: Cluster = Field(Cluster(), description=Cluster.__doc__)
 
 

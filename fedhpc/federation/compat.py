@@ -101,6 +101,11 @@ def without_data(arrays: ArrayRecord) -> ArrayRecord:
     )
 
 
+def skeleton_to_bytes(arrays: ArrayRecord) -> bytes:
+    """Encode names, types and shapes of arrays; the record is called "arrays"."""
+    return records_to_bytes(RecordDict({"arrays": without_data(arrays)}))
+
+
 def apply_mods(app: ClientApp, mods: list[Mod]) -> Callable[..., Message]:
     """Return the app with mods around it, the first one outermost."""
     return make_ffn(app, mods)

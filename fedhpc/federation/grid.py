@@ -5,6 +5,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
@@ -16,6 +17,7 @@ from fedhpc.federation.states import ClientStates
 from fedhpc.federation.transport import Request, Response, Transport
 from fedhpc.paths import RunPaths
 
+_SEQUENCES = 1_000_000  # messages of the same verb to a client in a round
 _PAUSE_S = 3600.0  # how long one wait lasts where the app sets no timeout
 
 
@@ -44,8 +46,8 @@ class HpcGrid(Grid):
         How many there are.
     seed : int
         Of the run.
-    state_bytes : float
-        Client states beyond this total are kept on disk.
+    states : ClientStates
+        Of the clients.
     """
 
     def __init__(
@@ -56,17 +58,35 @@ class HpcGrid(Grid):
         *,
         num_clients: int,
         seed: int,
-        state_bytes: float,
+        states: ClientStates,
     ) -> None:
         self.recorder = recorder
         self.seed = seed
         self._transport = transport
         self._paths = paths
         self._num_clients = num_clients
-        self._states = ClientStates(paths, state_bytes)
+        self._states = states
         self._run = compat.empty_run(paths.run_id)
         self._open: dict[str, _Open] = {}
         self._sequences: Counter[tuple[int, int, str]] = Counter()
+        self._first_sequence = 0
+
+    def capture(self) -> tuple[dict[str, Any], frozenset[str]]:
+        """Return what a checkpoint must hold, and the names of the files that it refers to."""
+        states, files = self._states.capture()
+        # Those of rounds that are done are not needed any more, but for messages of no round.
+        sequences = {key: n for key, n in self._sequences.items() if key[0] == 0}
+        return {"states": states, "sequences": sequences}, files
+
+    def restore(self, captured: dict[str, Any]) -> None:
+        """Go on from what `capture` returned."""
+        self._states.restore(captured["states"])
+        self._sequences |= Counter(captured["sequences"])
+
+    def begin_anew(self) -> None:
+        """Let rounds begin at 1 once more, with message ids that have not been used."""
+        self._first_sequence += _SEQUENCES
+        self._sequences = Counter({key: n for key, n in self._sequences.items() if key[0] == 0})
 
     def set_run(self, run: compat.Run) -> None:
         """Set Flower's description of the run."""
@@ -146,7 +166,7 @@ class HpcGrid(Grid):
             )
         server_round = _round_of(message)
         key = (server_round, client_id, metadata.message_type)
-        sequence = self._sequences[key]
+        sequence = self._first_sequence + self._sequences[key]
         self._sequences[key] += 1
         parts = message_ids.Parts(server_round, client_id, metadata.message_type, sequence)
         message_id = message_ids.make(parts)

@@ -1,9 +1,11 @@
 """What happened in a run, as it happens: metrics.jsonl, fits.jsonl and errors/."""
 
+import os
 import threading
 import time
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 from fedhpc import files
@@ -59,12 +61,36 @@ class Recorder:
         self._start_s = time.monotonic()
         self._round_start_s = self._start_s
         self._rounds_done = 0
+        self._has_sent = False
         self.last_failure = ""
 
     def progress(self) -> dict[str, Any]:
         """Return how far the run is."""
         with self._lock:
             return asdict(self._progress)
+
+    def mark(self) -> dict[str, Any]:
+        """Return where the records are now, for a server that will go on from here."""
+        return {
+            "metrics": _size(self._paths.metrics),
+            "fits": _size(self._paths.fits),
+            "elapsed_s": time.monotonic() - self._start_s,
+            "rounds_done": self._rounds_done,
+            "progress": self.progress(),
+        }
+
+    def go_on_from(self, mark: dict[str, Any]) -> None:
+        """Forget the records that came after a mark."""
+        for path, size in (
+            (self._paths.metrics, mark["metrics"]),
+            (self._paths.fits, mark["fits"]),
+        ):
+            if _size(path) > size:
+                os.truncate(path, size)
+        self._start_s = time.monotonic() - mark["elapsed_s"]
+        self._rounds_done = mark["rounds_done"]
+        with self._lock:
+            self._progress = Progress(**mark["progress"])
 
     def rounds_begin(self, num_rounds: int) -> None:
         """Note how many rounds there will be."""
@@ -77,9 +103,15 @@ class Recorder:
         with self._lock:
             self._progress.round = server_round
 
+    @property
+    def has_sent(self) -> bool:
+        """Whether messages went out in this attempt."""
+        return self._has_sent
+
     def sent(self, verb: str, server_round: int, count: int) -> None:
         """Note that messages went out."""
         with self._lock:
+            self._has_sent = True
             progress = self._progress
             progress.verb, progress.fits_total, progress.fits_done = verb, count, 0
             progress.round = max(progress.round, server_round)
@@ -148,3 +180,7 @@ class Recorder:
         )
         path = self._paths.errors / f"{response.message_id}.txt"
         files.write_atomic(path, text)
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

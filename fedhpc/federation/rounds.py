@@ -1,9 +1,11 @@
 """The loop of rounds, in place of Flower's ``Strategy.start``.
 
 Flower's loop always begins at round 1, draws from unseeded global generators and tells nobody how
-far it is. This one has the same signature and calls the same four public verbs.
+far it is. This one has the same signature and calls the same four public verbs; it goes on from a
+checkpoint, if there is one.
 """
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,22 +15,47 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 
-from fedhpc.errors import RunError
-from fedhpc.federation import seeds
+from fedhpc.errors import CheckpointError, RunError
+from fedhpc.federation import plain, seeds
+from fedhpc.federation.checkpoint import Checkpoint, CheckpointStore
 from fedhpc.federation.grid import HpcGrid
+from fedhpc.federation.strategy_state import StrategyState
+
+logger = logging.getLogger(__name__)
 
 
 class Rounds:
     """Runs strategies and keeps the model they end with.
 
+    Parameters
+    ----------
+    store : CheckpointStore
+        Where checkpoints go.
+    every : int
+        Rounds between them; 0: none.
+    found : Checkpoint, optional
+        Where to go on.
+
     Attributes
     ----------
     final_arrays : ArrayRecord or None
         The global model after the last round, once there is one.
+    starts : int
+        How often an app has called `start`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, store: CheckpointStore, every: int, found: Checkpoint | None = None) -> None:
+        self._store = store
+        self._every = every
+        self._found = found
         self.final_arrays: ArrayRecord | None = None
+        self.starts = 0
+
+    def why_not(self) -> str:
+        """Return why this run could not go on from a checkpoint; "" if it can."""
+        if not self._every:
+            return "checkpoint.every is 0"
+        return "" if self.starts else "the app has its own loop of rounds"
 
     def start(
         self,
@@ -43,74 +70,199 @@ class Rounds:
     ) -> Result:
         """Run a strategy; the parameters are those of ``Strategy.start``.
 
+        The first call in a run goes on from the checkpoint, and makes checkpoints; another call is
+        done again from its beginning.
+
         Raises
         ------
         RunError
             If no client of a round's cohort could train.
+        CheckpointError
+            If the checkpoint does not fit the app.
+        PlatformError
+            If a checkpoint could not be written.
         """
         assert isinstance(grid, HpcGrid)  # noqa: S101  (apps get no other one)
-        recorder, seed = grid.recorder, grid.seed
+        self.starts += 1
+        configs = (train_config or ConfigRecord(), evaluate_config or ConfigRecord())
+        rounds = _Rounds(strategy, grid, initial_arrays, num_rounds, timeout, configs, evaluate_fn)
         strategy.summary()
-        train_config = train_config or ConfigRecord()
-        evaluate_config = evaluate_config or ConfigRecord()
-        result = Result()
-        arrays = initial_arrays
-        recorder.rounds_begin(num_rounds)
+        grid.recorder.rounds_begin(num_rounds)
+        if self.starts > 1:
+            grid.begin_anew()
+            rounds.run_all(lambda *_: None)
+        else:
+            if self._found is not None:
+                rounds.restore(self._found)
+            rounds.run_all(self._save)
+        self.final_arrays = rounds.arrays
+        return rounds.result
 
-        def evaluate_on_server(server_round: int) -> MetricRecord | None:
-            if evaluate_fn is None:
-                return None
-            seeds.seed_all(seeds.derive(seed, server_round, "evaluate_fn"))
-            metrics = evaluate_fn(server_round, arrays)
-            if metrics is not None:
-                result.evaluate_metrics_serverapp[server_round] = metrics
-            return metrics
+    def _save(self, rounds: "_Rounds", metrics: dict[str, Any]) -> None:
+        if self._every:
+            due = rounds.done % self._every == 0 or rounds.done == rounds.num_rounds
+            self._store.save(rounds.capture(metrics), due=due)
 
-        recorder.round_begins(0)
-        if (metrics := evaluate_on_server(0)) is not None:
-            recorder.round_ended(0, {"evaluate": dict(metrics)})
 
-        for server_round in range(1, num_rounds + 1):
-            recorder.round_begins(server_round)
-            seconds = _Seconds()
-            line: dict[str, Any] = {}
+class _Rounds:
+    """One call of `Rounds.start`."""
 
-            seeds.seed_all(seeds.derive(seed, server_round, "configure_train"))
-            messages = list(strategy.configure_train(server_round, arrays, train_config, grid))
-            with seconds.measure("train"):
-                replies = grid.send_and_receive(messages, timeout=timeout)
-            _check_any(replies, len(messages), server_round, recorder.last_failure)
-            line["cohort"] = len(messages)
-            line["failures"] = len(messages) - sum(reply.has_content() for reply in replies)
-            seeds.seed_all(seeds.derive(seed, server_round, "aggregate_train"))
-            with seconds.measure("aggregate"):
-                new_arrays, train_metrics = strategy.aggregate_train(server_round, replies)
-            if new_arrays is not None:
-                arrays = result.arrays = new_arrays
-            if train_metrics is not None:
-                result.train_metrics_clientapp[server_round] = train_metrics
-                line["train"] = dict(train_metrics)
+    def __init__(
+        self,
+        strategy: Strategy,
+        grid: HpcGrid,
+        arrays: ArrayRecord,
+        num_rounds: int,
+        timeout_s: float,
+        configs: tuple[ConfigRecord, ConfigRecord],
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None,
+    ) -> None:
+        self.strategy = strategy
+        self.grid = grid
+        self.recorder = grid.recorder
+        self.arrays = arrays
+        self.num_rounds = num_rounds
+        self.timeout_s = timeout_s
+        self.train_config, self.evaluate_config = configs
+        self.evaluate_fn = evaluate_fn
+        self.result = Result()
+        self.done = -1  # the last round that is done; 0 is the evaluation before the first
+        self._state = StrategyState(strategy)
+        self._told: set[str] = set()
 
-            seeds.seed_all(seeds.derive(seed, server_round, "configure_evaluate"))
-            messages = list(
-                strategy.configure_evaluate(server_round, arrays, evaluate_config, grid)
+    def run_all(self, save: Callable[["_Rounds", dict[str, Any]], None]) -> None:
+        """Run the rounds that are left."""
+        if self.done < 0:
+            self.recorder.round_begins(0)
+            if (metrics := self._evaluate_on_server(0)) is not None:
+                self.recorder.round_ended(0, {"evaluate": dict(metrics)})
+            self.done = 0
+        for server_round in range(self.done + 1, self.num_rounds + 1):
+            line = self._run(server_round)
+            self.recorder.round_ended(server_round, line)
+            self.done = server_round
+            save(self, line.get("evaluate") or line.get("evaluate_clients") or {})
+
+    # --- checkpoints ---
+
+    def capture(self, metrics: dict[str, Any]) -> Checkpoint:
+        """Return all that is needed to go on from here."""
+        grid, files = self.grid.capture()
+        history = {
+            name: value for name, value in vars(self.result).items() if isinstance(value, dict)
+        }
+        parts = {
+            "grid": plain.encode(grid),
+            "records": plain.encode(self.recorder.mark()),
+            "history": plain.encode(history),
+            # Strategies change them: the round, and in many apps a learning rate.
+            "configs": plain.encode([self.train_config, self.evaluate_config]),
+        }
+        for path, encoded in self._state.changed().items():
+            parts[f"strategy.{path}"] = encoded
+        if unknown := self._state.unknown - self._told:
+            self._told |= unknown
+            logger.warning(
+                "a checkpoint cannot hold these attributes of the strategy; it is assumed that"
+                " rounds do not change them: %s", ", ".join(sorted(unknown)),
+            )  # fmt: skip
+        numbers = {
+            key: float(value) for key, value in metrics.items() if isinstance(value, int | float)
+        }
+        return Checkpoint(self.done, self.arrays, parts, files, numbers)
+
+    def restore(self, found: Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises
+        ------
+        CheckpointError
+            If it is of another app.
+        """
+        parts = found.parts
+        prefix = "strategy."
+        self.grid.restore(plain.decode(parts["grid"]))
+        for name, value in plain.decode(parts["history"]).items():
+            setattr(self.result, name, value)
+        configs = plain.decode(parts["configs"])
+        for config, value in zip((self.train_config, self.evaluate_config), configs, strict=True):
+            config.clear()  # the app may hold it too
+            config.update(value)
+        try:
+            self._state.restore(
+                {
+                    name.removeprefix(prefix): encoded
+                    for name, encoded in parts.items()
+                    if name.startswith(prefix)
+                }
             )
-            with seconds.measure("evaluate_clients"):
-                replies = grid.send_and_receive(messages, timeout=timeout)
-            seeds.seed_all(seeds.derive(seed, server_round, "aggregate_evaluate"))
-            client_metrics = strategy.aggregate_evaluate(server_round, replies)
-            if client_metrics is not None:
-                result.evaluate_metrics_clientapp[server_round] = client_metrics
-                line["evaluate_clients"] = dict(client_metrics)
+        except AttributeError as error:
+            raise CheckpointError(
+                f"the checkpoint after round {found.server_round} is of another strategy: {error}",
+                "was the app changed since the run began?",
+            ) from error
+        self.arrays = found.arrays
+        if found.server_round > 0:
+            self.result.arrays = found.arrays
+        self.done = found.server_round
+        logger.info("going on after round %d", self.done)
 
-            with seconds.measure("evaluate"):
-                metrics = evaluate_on_server(server_round)
-            if metrics is not None:
-                line["evaluate"] = dict(metrics)
-            recorder.round_ended(server_round, {**line, "seconds": seconds.values})
+    # --- a round ---
 
-        self.final_arrays = arrays
-        return result
+    def _run(self, server_round: int) -> dict[str, Any]:
+        """Run a round; return what its line of metrics says."""
+        strategy, grid = self.strategy, self.grid
+        self.recorder.round_begins(server_round)
+        seconds = _Seconds()
+        line: dict[str, Any] = {}
+
+        self._seed(server_round, "configure_train")
+        messages = list(
+            strategy.configure_train(server_round, self.arrays, self.train_config, grid)
+        )
+        with seconds.measure("train"):
+            replies = grid.send_and_receive(messages, timeout=self.timeout_s)
+        _check_any(replies, len(messages), server_round, self.recorder.last_failure)
+        line["cohort"] = len(messages)
+        line["failures"] = len(messages) - sum(reply.has_content() for reply in replies)
+        self._seed(server_round, "aggregate_train")
+        with seconds.measure("aggregate"):
+            new_arrays, train_metrics = strategy.aggregate_train(server_round, replies)
+        if new_arrays is not None:
+            self.arrays = self.result.arrays = new_arrays
+        if train_metrics is not None:
+            self.result.train_metrics_clientapp[server_round] = train_metrics
+            line["train"] = dict(train_metrics)
+
+        self._seed(server_round, "configure_evaluate")
+        messages = list(
+            strategy.configure_evaluate(server_round, self.arrays, self.evaluate_config, grid)
+        )
+        with seconds.measure("evaluate_clients"):
+            replies = grid.send_and_receive(messages, timeout=self.timeout_s)
+        self._seed(server_round, "aggregate_evaluate")
+        client_metrics = strategy.aggregate_evaluate(server_round, replies)
+        if client_metrics is not None:
+            self.result.evaluate_metrics_clientapp[server_round] = client_metrics
+            line["evaluate_clients"] = dict(client_metrics)
+
+        with seconds.measure("evaluate"):
+            metrics = self._evaluate_on_server(server_round)
+        if metrics is not None:
+            line["evaluate"] = dict(metrics)
+        return {**line, "seconds": seconds.values}
+
+    def _evaluate_on_server(self, server_round: int) -> MetricRecord | None:
+        if self.evaluate_fn is None:
+            return None
+        self._seed(server_round, "evaluate_fn")
+        metrics = self.evaluate_fn(server_round, self.arrays)
+        if metrics is not None:
+            self.result.evaluate_metrics_serverapp[server_round] = metrics
+        return metrics
+
+    def _seed(self, server_round: int, what: str) -> None:
+        seeds.seed_all(seeds.derive(self.grid.seed, server_round, what))
 
 
 class _Seconds:

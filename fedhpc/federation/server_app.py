@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from flwr.app import ArrayRecord, Context, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
 from fedhpc import allotment, config, environment
@@ -113,8 +113,3 @@ class _Model:
             return [channel.map_file(fd) for fd in reply.buffers]
         finally:
             reply.close()
-
-
-def skeleton_of(arrays: ArrayRecord) -> bytes:
-    """Return names, types and shapes of arrays, encoded."""
-    return compat.records_to_bytes(RecordDict({"arrays": compat.without_data(arrays)}))

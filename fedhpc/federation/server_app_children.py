@@ -8,7 +8,6 @@ from fedhpc.federation import compat, seeds
 from fedhpc.federation.client_app import evaluate_arrays
 from fedhpc.federation.experiment import Experiment, open_experiment
 from fedhpc.federation.payload import BytesLike, decode_arrays, encode_arrays
-from fedhpc.federation.server_app import skeleton_of
 
 _experiment: Experiment | None = None
 
@@ -25,7 +24,7 @@ def initial_arrays(seed: memoryview) -> list[list[BytesLike]]:
     assert _experiment is not None  # noqa: S101
     seeds.seed_all(int.from_bytes(seed, "little"))
     arrays = ArrayRecord(_experiment.new_model().state_dict())
-    return [[skeleton_of(arrays)], encode_arrays(arrays).parts]
+    return [[compat.skeleton_to_bytes(arrays)], encode_arrays(arrays).parts]
 
 
 def evaluate(skeleton: memoryview, blob: memoryview) -> list[list[BytesLike]]:

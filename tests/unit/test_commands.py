@@ -423,7 +423,6 @@ def test_clean_follows_no_link(site: Site, tmp_path: Path) -> None:
     paths.blobs.symlink_to(outside)
     paths.secrets.symlink_to(outside)
     (paths.jobs / "link.pkl").symlink_to(outside / "precious.pkl")
-    paths.checkpoints.mkdir()
     for name in ("round-1", "round-2"):
         (paths.checkpoints / name).symlink_to(outside / "round-1")
     assert call(clean.app, paths.root, "--yes").exit_code == 0

@@ -40,6 +40,7 @@ LAYERS = {
         "fedhpc.submit",
         "fedhpc.plan",
         "fedhpc.preflight",
+        "fedhpc.resume",
         "fedhpc.snapshot",
         "fedhpc.follow",
         "fedhpc.data",

@@ -16,7 +16,7 @@ INFINITE = float("inf")
 @pytest.fixture
 def paths(tmp_path: Path) -> RunPaths:
     made = RunPaths(tmp_path)
-    made.blobs.mkdir()
+    made.states.mkdir()
     return made
 
 
@@ -62,14 +62,14 @@ def test_within_the_limit_nothing_is_written(paths: RunPaths) -> None:
         states.put(client, state(client))
     for client in range(5):
         assert_is(states.get(client), state(client))
-    assert names(paths.blobs) == []
+    assert names(paths.states) == []
 
 
 def test_beyond_the_limit_states_are_files_and_the_same(paths: RunPaths) -> None:
     states = ClientStates(paths, 2500)  # a state of 100 numbers takes 928 bytes
     for client in range(6):
         states.put(client, state(client))
-    assert len(names(paths.blobs)) == 4
+    assert len(names(paths.states)) == 4
     for _ in range(2):  # reading takes nothing away
         for client in range(6):
             assert_is(states.get(client), state(client))
@@ -78,7 +78,7 @@ def test_beyond_the_limit_states_are_files_and_the_same(paths: RunPaths) -> None
 def test_with_no_memory_at_all_every_state_is_a_file(paths: RunPaths) -> None:
     states = ClientStates(paths, 0)
     states.put(0, state(7.0))
-    assert len(names(paths.blobs)) == 1
+    assert len(names(paths.states)) == 1
     assert_is(states.get(0), state(7.0))
 
 
@@ -87,7 +87,7 @@ def test_a_state_without_arrays_needs_no_file(paths: RunPaths) -> None:
     only_config = RecordDict({"c": ConfigRecord({"x": 1})})
     states.put(0, only_config)
     assert_is(states.get(0), only_config)
-    assert names(paths.blobs) == []
+    assert names(paths.states) == []
 
 
 @pytest.mark.parametrize("memory_bytes", [0, 1000, INFINITE])
@@ -96,7 +96,7 @@ def test_a_new_state_replaces_the_old_one(paths: RunPaths, memory_bytes: float) 
     for value in range(5):
         states.put(3, state(value))
         assert_is(states.get(3), state(value))
-    assert len(names(paths.blobs)) == (1 if memory_bytes == 0 else 0)
+    assert len(names(paths.states)) == (1 if memory_bytes == 0 else 0)
 
 
 def test_a_replaced_state_may_change_its_records(paths: RunPaths) -> None:
@@ -104,7 +104,7 @@ def test_a_replaced_state_may_change_its_records(paths: RunPaths) -> None:
     states.put(3, state(1.0, record="old"))
     states.put(3, state(2.0, record="new"))
     assert_is(states.get(3), state(2.0, record="new"))
-    assert len(names(paths.blobs)) == 1
+    assert len(names(paths.states)) == 1
 
 
 @pytest.mark.parametrize("memory_bytes", [0, INFINITE])
@@ -119,20 +119,20 @@ def test_a_dropped_state_is_gone_with_its_files(paths: RunPaths, memory_bytes: f
     assert states.get(0) is None
     assert_is(states.get(1), state(2.0))
     states.drop(1)
-    assert names(paths.blobs) == []
+    assert names(paths.states) == []
 
 
 def test_memory_that_a_dropped_state_took_is_used_again(paths: RunPaths) -> None:
     states = ClientStates(paths, 1000)
     states.put(0, state(1.0))
     states.put(1, state(2.0))
-    assert len(names(paths.blobs)) == 1
+    assert len(names(paths.states)) == 1
     states.drop(0)
     states.put(2, state(3.0))
-    assert len(names(paths.blobs)) == 1
+    assert len(names(paths.states)) == 1
     states.put(2, state(4.0))
     states.put(2, state(5.0))
-    assert len(names(paths.blobs)) == 1
+    assert len(names(paths.states)) == 1
     assert_is(states.get(1), state(2.0))
     assert_is(states.get(2), state(5.0))
 
@@ -142,7 +142,7 @@ def test_a_state_that_grows_moves_to_disk_and_back(paths: RunPaths) -> None:
     for size, files in ((100, 0), (1000, 1), (10, 0)):
         states.put(0, state(1.0, size))
         assert_is(states.get(0), state(1.0, size))
-        assert len(names(paths.blobs)) == files
+        assert len(names(paths.states)) == files
 
 
 @pytest.mark.parametrize("record", ["a/b", "..", "", "größe", "a b", "x" * 200])
@@ -150,9 +150,9 @@ def test_any_name_of_a_record_makes_a_file_of_the_run_folder(paths: RunPaths, re
     states = ClientStates(paths, 0)
     states.put(0, state(1.0, record=record))
     assert_is(states.get(0), state(1.0, record=record))
-    assert len(names(paths.blobs)) == 1
+    assert len(names(paths.states)) == 1
     states.drop(0)
-    assert names(paths.blobs) == []
+    assert names(paths.states) == []
 
 
 def test_what_was_read_stays_valid_when_the_file_is_replaced(paths: RunPaths) -> None:
@@ -167,8 +167,8 @@ def test_what_was_read_stays_valid_when_the_file_is_replaced(paths: RunPaths) ->
 def test_a_disk_that_refuses_a_new_state_does_not_lose_the_old_one(paths: RunPaths) -> None:
     states = ClientStates(paths, 1000)
     states.put(0, state(1.0))
-    paths.blobs.rmdir()
-    paths.blobs.write_text("a file in the place of the folder")
+    paths.states.rmdir()
+    paths.states.write_text("a file in the place of the folder")
     with pytest.raises(PlatformError, match="could not write"):
         states.put(0, state(2.0, size=1000))
     assert_is(states.get(0), state(1.0))

@@ -1,0 +1,173 @@
+"""Python values as JSON and bytes, without pickle: what a checkpoint holds besides the model.
+
+Numbers come back bit by bit, containers as the same type. What cannot be encoded is refused, not
+guessed at.
+"""
+
+import io
+import random
+from collections import Counter, OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+
+from fedhpc.federation import compat
+from fedhpc.federation.payload import BytesLike
+
+_TAG = "$"
+_SMALL_RECORDS = {"metrics": MetricRecord, "config": ConfigRecord}
+_SEQUENCES: dict[str, Callable[..., Any]] = {
+    "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque,
+}  # fmt: skip
+_MAPPINGS: dict[str, Callable[..., Any]] = {
+    "dict": dict, "ordered": OrderedDict, "counter": Counter,
+    "array_record": ArrayRecord, "record_dict": RecordDict,
+}  # fmt: skip
+
+
+class CannotEncode(TypeError):
+    """A value is of a type that is not known here."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A value, encoded.
+
+    Attributes
+    ----------
+    plain
+        What JSON can hold; it refers to the buffers by index.
+    buffers : list
+        Bulk data.
+    """
+
+    plain: Any
+    buffers: list[BytesLike]
+
+
+def encode(value: object) -> Encoded:
+    """Encode a value; later changes of it do not matter.
+
+    Parameters
+    ----------
+    value
+        None, a bool, number, text or bytes, a numpy array or generator, a torch tensor, a Flower
+        record, or a container of such values.
+
+    Raises
+    ------
+    CannotEncode
+        If it is, or holds, anything else.
+    """
+    buffers: list[BytesLike] = []
+    return Encoded(_encode(value, buffers), buffers)
+
+
+def decode(encoded: Encoded) -> Any:
+    """Return the value that `encode` was given."""
+    return _decode(encoded.plain, encoded.buffers)
+
+
+def _encode(value: Any, buffers: list[BytesLike]) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) is list:
+        return [_encode(item, buffers) for item in value]
+    for name, kind in _SEQUENCES.items():
+        if type(value) is kind:
+            # The order of a set depends on its history: an encoding that does not can be compared.
+            items = sorted(value, key=repr) if name in ("set", "frozenset") else value
+            return {_TAG: name, "items": [_encode(item, buffers) for item in items]}
+    for name, kind in _MAPPINGS.items():
+        if type(value) is kind:
+            pairs = [[_encode(k, buffers), _encode(v, buffers)] for k, v in value.items()]
+            return {_TAG: name, "items": pairs}
+    return _encode_bulk(value, buffers)
+
+
+def _encode_bulk(value: Any, buffers: list[BytesLike]) -> Any:
+    def add(kind: str, data: BytesLike) -> dict[str, Any]:
+        buffers.append(data)
+        return {_TAG: kind, "buffer": len(buffers) - 1}
+
+    if type(value) in (bytes, bytearray):
+        return add(type(value).__name__, bytes(value))
+    for name, kind in _SMALL_RECORDS.items():
+        if type(value) is kind:
+            return add(name, compat.records_to_bytes(RecordDict({"": value})))
+    if type(value) is Array:  # its bytes are never changed: no copy
+        types = [value.dtype, value.stype]
+        return {**add("flower_array", value.data), "types": types, "shape": list(value.shape)}
+    if isinstance(value, np.generic):
+        return add("scalar", _npy(np.asarray(value)))
+    if type(value) is np.ndarray and not value.dtype.hasobject:
+        return add("array", _npy(value))
+    if type(value) is random.Random:
+        return {_TAG: "random", "state": _encode(value.getstate(), buffers)}
+    if isinstance(value, np.random.Generator):
+        return {_TAG: "generator", "state": _encode(value.bit_generator.state, buffers)}
+    if isinstance(value, np.random.RandomState):
+        return {_TAG: "random_state", "state": _encode(value.get_state(legacy=False), buffers)}
+    if type(value).__module__ == "torch" and type(value).__name__ == "Tensor":
+        return add("tensor", _npy(value.detach().cpu().numpy()))
+    raise CannotEncode(f"{type(value).__module__}.{type(value).__qualname__}")
+
+
+def _decode(plain: Any, buffers: list[BytesLike]) -> Any:
+    if isinstance(plain, list):
+        return [_decode(item, buffers) for item in plain]
+    if not isinstance(plain, dict):
+        return plain
+    kind = plain[_TAG]
+    if kind in _SEQUENCES:
+        return _SEQUENCES[kind](_decode(item, buffers) for item in plain["items"])
+    if kind in _MAPPINGS:
+        made = _MAPPINGS[kind]()  # empty, as a Counter would count the pairs
+        for key, value in plain["items"]:
+            made[_decode(key, buffers)] = _decode(value, buffers)
+        return made
+    if "state" in plain:
+        return _decode_generator(kind, _decode(plain["state"], buffers))
+    data = bytes(buffers[plain["buffer"]])
+    if kind == "flower_array":
+        dtype, stype = plain["types"]
+        return Array(dtype, tuple(plain["shape"]), stype, data)
+    return _decode_bulk(kind, data)
+
+
+def _decode_bulk(kind: str, data: bytes) -> Any:
+    if kind in ("bytes", "bytearray"):
+        return data if kind == "bytes" else bytearray(data)
+    if kind in _SMALL_RECORDS:
+        return compat.records_from_bytes(data)[""]
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    if kind == "scalar":
+        return array[()]
+    if kind == "tensor":
+        import torch
+
+        return torch.from_numpy(array)
+    return array
+
+
+def _decode_generator(kind: str, state: Any) -> Any:
+    if kind == "random":
+        generator = random.Random()  # noqa: S311
+        generator.setstate(state)
+        return generator
+    if kind == "random_state":
+        legacy = np.random.RandomState()
+        legacy.set_state(state)
+        return legacy
+    bits: Any = getattr(np.random, state["bit_generator"])()
+    bits.state = state
+    return np.random.Generator(bits)
+
+
+def _npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array, allow_pickle=False)
+    return out.getvalue()
