@@ -219,10 +219,7 @@ class Fits:
         """See `capacity`; the lock is held."""
         if self._config.isolation.slots_per_gpu != "auto":
             return len(self._slots)
-        gpus = {gpu: 0 for slot in self._slots for gpu in slot.gpus}
-        for slot in self._slots:
-            for gpu in slot.gpus:
-                gpus[gpu] += 1
+        gpus = Counter(gpu for slot in self._slots for gpu in slot.gpus)
         if not gpus:
             return len(self._slots)
         if self._need is None:  # the first fits have a GPU each, to learn what they need

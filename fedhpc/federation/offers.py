@@ -47,8 +47,9 @@ class Offers:
         if parts.server_round > self._newest_round:
             self._newest_round = parts.server_round
             self._asked = {key: last for key, last in self._asked.items() if key[0] == 0}
-        key = parts[:3]
-        self._asked[key] = max(parts.sequence, self._asked.get(key, 0))
+        if parts.server_round in (0, self._newest_round):
+            key = parts[:3]
+            self._asked[key] = max(parts.sequence, self._asked.get(key, 0))
         found = [(link, held[message_id]) for link, held in self._of.items() if message_id in held]
         for link, _ in found:
             self.remove(link, message_id)

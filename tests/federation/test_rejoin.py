@@ -22,6 +22,7 @@ from fedhpc.federation.dispatch import Dispatch
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.link_server import LinkOptions, LinkServer
 from fedhpc.federation.recorder import Recorder
+from fedhpc.federation.states import ClientStates
 from fedhpc.files import read_json
 from fedhpc.paths import RunPaths, create_run_folder
 from fedhpc.rendezvous import Publisher, Rendezvous
@@ -47,9 +48,9 @@ class Attempt:
         )
         self._publisher = Publisher(paths, told, lambda: None)
         self._publisher.start()
-        recorder = Recorder(paths)
+        states = ClientStates(paths, float("inf"))
         self.grid = HpcGrid(
-            self.links, recorder, paths, num_clients=10, seed=1, state_bytes=float("inf")
+            self.links, Recorder(paths), paths, num_clients=10, seed=1, states=states
         )
 
     def has_company(self) -> bool:
