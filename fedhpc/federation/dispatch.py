@@ -118,7 +118,7 @@ class Dispatch:
         self._actions: list[Action] = []
         self._awake_s: float | None = None
         self._patient_until_s = 0.0
-        self._awaited: set[int] = set()  # array tasks that were lost as we were stalled
+        self._awaited: set[int] = set()  # array tasks that may come back with fits
 
     # --- what is going on ---
 
@@ -152,6 +152,17 @@ class Dispatch:
         return [number for number, link in self._links.items() if link.array_task == array_task]
 
     # --- events ---
+
+    def expect_back(self, until_s: float) -> None:
+        """Give no work out until every array task is there: they may hold fits from before.
+
+        Parameters
+        ----------
+        until_s : float
+            When to wait no longer.
+        """
+        self._awaited = set(range(self._array_tasks))
+        self._patient_until_s = until_s
 
     def submit(self, message_id: str, client_id: int, fingerprint: str = "") -> None:
         """Add a message that wants one answer.

@@ -23,6 +23,8 @@ from fedhpc.paths import RunPaths
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_REJOIN_S = 3.0  # within it array tasks have seen the address of a new attempt
+
 ToArrayTask = grid_pb2.ToArrayTask
 _Context = Any  # grpc.aio.ServicerContext; grpc ships no types
 
@@ -218,6 +220,9 @@ class LinkServer:
                 "name an interface or address of the server's node",
             ) from error
         await self._server.start()
+        if self._options.attempt > 1:
+            self._machine.expect_back(time.monotonic() + _REJOIN_S)
+            self._loop.call_later(_REJOIN_S, self._look)
         self._ticker = asyncio.create_task(self._tick())
         return port
 
@@ -238,11 +243,15 @@ class LinkServer:
         pause_s = self._options.liveness_timeout_s / 5
         while True:
             await asyncio.sleep(pause_s)
-            self._machine.tick(time.monotonic())
+            self._look()
             for peer in self._peers.values():
                 if peer.outgoing.empty():
                     peer.outgoing.put_nowait(ToArrayTask(heartbeat=grid_pb2.Heartbeat()))
-            self._act()
+
+    def _look(self) -> None:
+        """Let the state machine see what time it is."""
+        self._machine.tick(time.monotonic())
+        self._act()
 
     async def _connect(
         self, requests: AsyncIterator[grid_pb2.FromArrayTask], context: _Context

@@ -423,6 +423,30 @@ def test_an_offer_goes_with_its_link_or_is_handed_back() -> None:
     assert dispatch.actions() == [Assign(2, fit(7, 1))]
 
 
+def test_a_new_attempt_gives_no_work_out_before_its_array_tasks_are_back() -> None:
+    dispatch = machine(2)
+    dispatch.expect_back(3.0)
+    for client_id in range(2):
+        dispatch.submit(fit(7, client_id), client_id)
+    dispatch.join(1, 0, 2, {fit(7, 0): ""}, 1.0)
+    assert dispatch.actions() == [Keep(1, fit(7, 0))]
+    dispatch.join(2, 1, 2, {fit(7, 1): ""}, 2.0)
+    assert dispatch.actions() == [Keep(2, fit(7, 1))]
+    dispatch.submit(fit(7, 2), 2)
+    assert assigned(dispatch.actions()) == [(1, fit(7, 2))]
+
+
+def test_a_new_attempt_does_not_wait_for_long_for_array_tasks_that_are_gone() -> None:
+    dispatch = machine(2)
+    dispatch.expect_back(3.0)
+    dispatch.submit(fit(7), 0)
+    dispatch.join(1, 0, 1, {}, 1.0)
+    dispatch.tick(2.9)
+    assert dispatch.actions() == []
+    dispatch.tick(3.0)
+    assert assigned(dispatch.actions()) == [(1, fit(7))]
+
+
 # --- silence -------------------------------------------------------------------------------------
 
 
@@ -566,9 +590,9 @@ class Behaviour(RuleBasedStateMachine):
         self.world = 0  # what all fingerprints of a message depend on
         # The array tasks' side: all that each has, with fingerprints, whatever server is there.
         self.kept: dict[int, dict[str, str]] = {task: {} for task in range(self.ARRAY_TASKS)}
-        self.start_server()
+        self.start_server(first=True)
 
-    def start_server(self) -> None:
+    def start_server(self, *, first: bool) -> None:
         self.dispatch = Dispatch(
             array_tasks=self.ARRAY_TASKS,
             placement=self.placement,
@@ -589,6 +613,10 @@ class Behaviour(RuleBasedStateMachine):
         self.awake_s = self.now_s
         self.patient_until_s = 0.0
         self.awaited: set[int] = set()
+        if not first:
+            self.awaited |= set(range(self.ARRAY_TASKS))
+            self.patient_until_s = self.now_s + LIVENESS_S
+            self.dispatch.expect_back(self.patient_until_s)
         # What each live link was told to do, and what its array task has from before.
         self.link_of: dict[int, int] = {}
         self.slots: dict[int, int] = {}
@@ -708,7 +736,7 @@ class Behaviour(RuleBasedStateMachine):
         """Resume so many rounds earlier, and from another model or not."""
         self.server_round = max(0, self.server_round - rounds)
         self.world += not same
-        self.start_server()
+        self.start_server(first=False)
 
     @rule(data=st.data())
     @precondition(lambda self: set(self.submitted) - self.open)
