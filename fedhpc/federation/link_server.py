@@ -156,9 +156,8 @@ class LinkServer:
                     peer.outgoing.put_nowait(ToArrayTask(release=grid_pb2.Release(digests=gone)))
             for request in requests:
                 self._requests[request.message_id] = request
-                self._machine.submit(
-                    request.message_id, request.client_id, request.packed.fingerprint()
-                )
+                fingerprint = request.packed.fingerprint()
+                self._machine.submit(request.message_id, request.client_id, fingerprint)
             self._act()
 
         self._loop.call_soon_threadsafe(submit)
@@ -240,9 +239,8 @@ class LinkServer:
             await self._server.stop(grace=0)
 
     async def _tick(self) -> None:
-        pause_s = self._options.liveness_timeout_s / 5
         while True:
-            await asyncio.sleep(pause_s)
+            await asyncio.sleep(self._options.liveness_timeout_s / 5)
             self._look()
             for peer in self._peers.values():
                 if peer.outgoing.empty():
@@ -277,7 +275,7 @@ class LinkServer:
         held = {fit.message_id: fit.fingerprint for fit in hello.held}
         self._machine.join(peer.number, hello.array_task, hello.slots, held, time.monotonic())
         logger.info(
-            "array task %d (job %s) connected from %s with %d slots, and %d fits from before",
+            "array task %d (job %s) connected from %s with %d slots and %d fits from before",
             hello.array_task, hello.job_id, hello.host, hello.slots, len(held),
         )  # fmt: skip
         self._act()

@@ -126,7 +126,7 @@ def test_an_array_task_brings_its_fits_to_the_next_attempts_and_none_runs_twice(
 ) -> None:
     first = Attempt(paths, 1)
     first.ask(3, {0: 1.0, 1: 2.0}, seconds=0.5)
-    eventually(lambda: len(app.began()) == 2, 60)
+    eventually(lambda: len(app.began()) == 2, 120)
     first.go_away()
     eventually(lambda: len(app.ended()) == 2, 30)
     eventually(lambda: len([path for path in paths.blobs.iterdir() if "train" in path.name]) == 2)
@@ -200,7 +200,7 @@ def test_a_stalled_server_blames_nobody_and_a_stalled_array_task_is_replaced_and
         ],
         config=app.config,
     )
-    eventually(lambda: len(app.began()) == 4, 60)  # round 1
+    eventually(lambda: len(app.began()) == 4, 120)  # round 1
     paths = submitter.newest()
     jobs = submission.read(paths)
     assert jobs is not None
