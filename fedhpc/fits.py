@@ -267,9 +267,11 @@ class Fits:
         except (GpuLost, FitCancelled):
             raise
         except FitFailed as error:
-            return failure(work, slot, str(error), error.traceback, raised=True)
+            final = isinstance(error, FitOutOfMemory)  # it had a GPU for itself
+            return failure(work, slot, str(error), error.traceback, raised=True, final=final)
         except FedHPCError as error:
-            return failure(work, slot, str(error))
+            final = isinstance(error, FitKilled | ForkServerDied)  # it ran several times
+            return failure(work, slot, str(error), final=final)
         except Exception as error:
             text = traceback.format_exc()
             return failure(work, slot, f"{type(error).__name__}: {error}", text)

@@ -127,13 +127,15 @@ def fit_of(reply: Reply, slot: Slot, queued_s: float) -> grid_pb2.Fit:
 
 
 def failure(
-    work: grid_pb2.Work, slot: Slot, reason: str, text: str = "", *, raised: bool = False
+    work: grid_pb2.Work,
+    slot: Slot,
+    reason: str,
+    text: str = "",
+    *,
+    raised: bool = False,
+    final: bool = False,
 ) -> Result:
     """Return the result of a fit that went wrong."""
-    return Result(
-        grid_pb2.Result(
-            message_id=work.message_id,
-            failure=grid_pb2.Failure(reason=reason, traceback=text, raised=raised),
-            fit=grid_pb2.Fit(slot=slot.index),
-        )
-    )
+    failure = grid_pb2.Failure(reason=reason, traceback=text, raised=raised, final=final)
+    fit = grid_pb2.Fit(slot=slot.index)
+    return Result(grid_pb2.Result(message_id=work.message_id, failure=failure, fit=fit))

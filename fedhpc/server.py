@@ -67,7 +67,7 @@ class Server:
         self._attempt = _claim_attempt(paths)
         settings = self._config.checkpoint
         self._checkpoints = CheckpointStore(paths, settings, self._attempt)
-        self._rounds = Rounds(self._checkpoints, settings.every)
+        self._rounds = Rounds(self._checkpoints, self._config)
         self._clients = ClientArray(paths, self._config.cluster)
         self._superseded = threading.Event()
         self._links: LinkServer | None = None
@@ -180,6 +180,7 @@ class Server:
             num_clients=self._config.federation.num_clients,
             seed=self._config.seed,
             states=ClientStates(self._paths, state_bytes, self._checkpoints.refers_to),
+            retry=self._config.failures.retry,
         )
         compat.set_identity(self._paths.run_id)
         rounds = self._rounds
