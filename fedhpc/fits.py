@@ -2,7 +2,6 @@
 
 import contextlib
 import logging
-import os
 import queue
 import threading
 import time
@@ -378,24 +377,10 @@ class Fits:
         try:
             for blob in work.blobs:
                 if blob.in_file:
-                    fds.append(self._open_file(blob))
+                    fds.append(files.open_whole(self._paths.blob(blob.digest), blob.size))
                 else:
                     fds.append(held.inputs.pop(blob.digest))
         except (KeyError, PlatformError, OSError) as error:
             channel.close_all(fds)
             raise PlatformError(f"the arrays of {work.message_id} are gone: {error}") from error
         return fds
-
-    def _open_file(self, blob: grid_pb2.Blob) -> int:
-        path = self._paths.blob(blob.digest)
-
-        def whole() -> bool:
-            files.refresh_directory(path.parent)
-            return path.exists() and path.stat().st_size == blob.size
-
-        if not files.wait_until(whole, 30):
-            raise PlatformError(
-                f"wanted {path} with {blob.size} bytes, did not see it within 30 s",
-                "is the run folder on a disk that this node sees?",
-            )
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)

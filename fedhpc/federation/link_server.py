@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from fedhpc.errors import PlatformError
+from fedhpc import files
+from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import dispatch, grid_pb2, link
 from fedhpc.federation.blobs import BlobStore
 from fedhpc.federation.peer import Peer, clash
@@ -117,8 +118,9 @@ class LinkServer:
             self._thread.join(timeout_s)
         if reason is not None:
             # With them go the files of results that came late or twice.
-            for path in self._paths.blobs.iterdir():
-                path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError, Superseded):  # another server's, or nobody's
+                for path in list(self._paths.blobs.iterdir()):
+                    files.remove(path)
 
     def array_tasks(self) -> list[dict[str, Any]]:
         """Return what is known of each array task that has ever come, for status.json."""
@@ -354,6 +356,7 @@ class LinkServer:
                     result.message_id,
                     payload=None if failed else grid_pb2.Payload.FromString(result.payload),
                     blobs=arrived,
+                    files={blob.digest: blob.size for blob in result.blobs if blob.in_file},
                     failure=result.failure if failed else None,
                     fit=result.fit if result.HasField("fit") else None,
                     array_task=peer.hello.array_task,
