@@ -7,13 +7,23 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fedhpc import config, environment, files, logging_setup, network, rendezvous, run_state
+from fedhpc import (
+    config,
+    environment,
+    files,
+    logging_setup,
+    network,
+    rendezvous,
+    requeue,
+    run_state,
+)
 from fedhpc.cluster import entries, slurm, submission
 from fedhpc.errors import FedHPCError, PlatformError, RunError
 from fedhpc.federation import apps, certificates, compat, dispatch, fit, plain
@@ -28,11 +38,13 @@ from fedhpc.federation.states import ClientStates
 from fedhpc.federation.transport import Transport
 from fedhpc.oversight import ClientArray
 from fedhpc.paths import RunPaths, latest_attempt, open_run_folder
+from fedhpc.requeue import Fate
 
 logger = logging.getLogger(__name__)
 
 _STATUS_S = 0.5
 _LAST_WRITE_S = 4.0
+_SIGNAL_S = 0.3
 _KILLED_BY_SIGNAL = 128
 
 
@@ -41,7 +53,7 @@ class _Stop(BaseException):
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
-        self.requeue = False
+        self.fate: Fate | None = None
         super().__init__(signal.Signals(signum).name)
 
 
@@ -88,6 +100,7 @@ class Server:
         """Run the federation to its end; return the exit code."""
         run_state.register_process(self._paths, "server", self._environment.job_id)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
             with self._reporting():
                 if self._config.cluster.executor == "debug":
                     self._run_app(InProcess(fit.load(str(self._paths.root))))
@@ -95,13 +108,15 @@ class Server:
                     with self._links_open() as transport:
                         self._run_app(transport)
         except _Stop as stop:
-            if stop.requeue:
-                return self._leave_for_next_attempt(stop)
+            fate = self._foresee(stop)
+            if fate.returns:
+                return self._leave_for_next_attempt(fate)
             if stop.signum == signal.SIGUSR2:
-                why = "the server's time limit (cluster.time_min) is near, or it is preempted"
-                return self._end("failed", why, PlatformError.exit_code)
+                go_on = f"to go on: fedhpc submit --resume {self._paths.root}"
+                reason = f"server job: {fate.reason}; {go_on}"
+                return self._end("failed", reason, PlatformError.exit_code)
             code = _KILLED_BY_SIGNAL + stop.signum
-            return self._end("cancelled", f"the server was stopped by {stop}", code)
+            return self._end("cancelled", f"server job: {fate.reason}", code)
         except KeyboardInterrupt:  # the debug executor runs in a terminal
             return self._end("cancelled", "by Ctrl-C", _KILLED_BY_SIGNAL + signal.SIGINT)
         except SystemExit as error:
@@ -159,7 +174,7 @@ class Server:
             yield links
             phase = "finished"
         except _Stop as stop:
-            goes_on = stop.requeue = self._will_start_again(stop)
+            goes_on = self._foresee(stop).returns
             raise
         finally:
             if not self._superseded.is_set():
@@ -188,7 +203,13 @@ class Server:
         spec = apps.locate(self._config, self._paths)
         app = apps.load_server(spec)
         try:
-            app(grid, apps.server_context(spec, self._paths.run_id))
+            try:
+                app(grid, apps.server_context(spec, self._paths.run_id))
+            except Exception:
+                # A signal to the whole job may end a child of ours first, and that is no error of
+                # the app: then it is here in a moment.
+                time.sleep(_SIGNAL_S)
+                raise
         except BaseException:
             with contextlib.suppress(PlatformError):  # there is an error already
                 self._checkpoints.close(_LAST_WRITE_S)
@@ -247,42 +268,41 @@ class Server:
         self._end_pending_clients()
         return code
 
-    def _will_start_again(self, stop: _Stop) -> bool:
-        """Return whether the server job goes back into the queue instead of ending the run."""
-        if self._config.cluster.executor != "slurm" or self._superseded.is_set():
-            return False
-        if stop.signum == signal.SIGTERM:  # a cancelled job, or one that Slurm queues again itself
-            try:
-                return slurm.restarts(self._environment.job_id) > self._environment.restarts
-            except PlatformError as error:
-                logger.warning("why the server is stopped is not known: %s", error.message)
-                return False
-        if self._attempt > self._config.cluster.max_requeues:
-            return False
-        if self._links and self._links.array_tasks():
-            return not self._rounds.why_not()
-        return self._clients.pending()  # nothing is lost by another attempt
+    def _foresee(self, stop: _Stop) -> Fate:
+        """Return whether the server job starts again after a signal, instead of ending the run."""
+        if stop.fate is None:
+            stop.fate = self._ask_fate(stop.signum)
+        return stop.fate
 
-    def _leave_for_next_attempt(self, stop: _Stop) -> int:
+    def _ask_fate(self, signum: int) -> Fate:
+        cluster = self._config.cluster
+        if self._superseded.is_set() or cluster.executor != "slurm":
+            return requeue.stays_away(signum)
+        fate = requeue.foresee(signum, self._environment, cluster.max_requeues)
+        if fate.returns and fate.by_itself and (why := self._why_not_again()):
+            return Fate(False, False, f"{fate.reason}; {why}")
+        return fate
+
+    def _why_not_again(self) -> str:
+        """Return why there is no point in another attempt; "" if there is."""
+        if self._recorder.has_sent:
+            why = self._rounds.why_not()
+            return f"it would begin at round 1 again: {why}" if why else ""
+        return "" if self._clients.exists() else f"no array task is left{self._clients.said()}"
+
+    def _leave_for_next_attempt(self, fate: Fate) -> int:
         """Say that the server job is in the queue again, and put it there if Slurm has not."""
-        last = self._checkpoints.last_round or 0
-        if stop.signum == signal.SIGTERM:
-            reason = f"Slurm has queued the server job again; it will go on at round {last + 1}"
-        else:
-            why = "the server's time limit (cluster.time_min) is near, or it is preempted"
-            if not (self._links and self._links.array_tasks()):
-                why = "the client array was still pending near the server's time limit"
-                why += self._clients.said()
-            reason = (
-                f"{why}; the server job is queued again (attempt {self._attempt + 1} of at most"
-                f" {self._config.cluster.max_requeues + 1}) and will go on at round {last + 1}"
-            )
+        status = self._status()
+        done = 0 if status["begins_anew"] else status["checkpoint"] or 0
+        why = fate.reason
+        if not self._recorder.has_sent:
+            why += ", and no work has begun" + self._clients.said()
+        reason = f"server job: {why}; its next attempt goes on at round {done + 1}"
         logger.warning("%s", reason)
-        run_state.write(self._paths, "pending", reason, attempt=self._attempt)
-        if stop.signum == signal.SIGUSR2:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's, on the way to the queue
+        run_state.write(self._paths, "pending", reason, phase="requeueing", **status)
+        if fate.by_itself:
             try:
-                slurm.control("requeue", self._environment.job_id)
+                requeue.queue_again(self._environment.job_id)
             except PlatformError as error:
                 return self._end("failed", f"{reason}, but: {error.message}", error.exit_code)
         return 0
