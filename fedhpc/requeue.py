@@ -1,9 +1,10 @@
 """What becomes of a job that gets a signal: whether it starts again, and who sees to that.
 
-Slurm sends USR2 (``--signal``) before a time limit, and before a preemption where the site has set
-``SlurmctldParameters=preempt_send_user_signal``: then the job has to queue itself again. SIGTERM comes with a
-cancel, and with a requeue or a preemption. These Slurm queues again itself, but for one case: in
-the ``GraceTime`` of a preemption it does so only with jobs that still run at its end.
+Slurm sends USR2 (``--signal``) before a time limit, and, where the site has set
+``SlurmctldParameters=preempt_send_user_signal``, in the ``GraceTime`` before a preemption: then the
+job has to queue itself again. SIGTERM comes with a cancel, a requeue, or a preemption. The last two
+Slurm queues again itself, but for one case: of the jobs that get SIGTERM as their ``GraceTime``
+begins it does so only with those that still run at its end.
 """
 
 import logging

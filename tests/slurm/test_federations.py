@@ -126,22 +126,6 @@ def test_the_sbatch_templates_end_in_the_same_model(
     assert set(jobs_of(paths)) == {"server", "client-0", "client-1"}
 
 
-def test_one_allocation_ends_in_the_same_model(
-    submitter: SlurmSubmitter, reference: Run, tmp_path: Path
-) -> None:
-    done = subprocess.run(
-        ["sbatch", "--wait", "--ntasks=3", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=5",
-         f"--output={tmp_path}/job.log", "slurm/one-allocation.sbatch", str(DIGITS),
-         *submitter.options()],
-        env=submitter.environment(),
-        capture_output=True, text=True, timeout=150, check=False, cwd=REPOSITORY,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr + (tmp_path / "job.log").read_text()
-    run = Run(submitter.newest(), 0, "")
-    assert run.checksum == reference.checksum
-    assert len(hosts_of(run)) == 3
-
-
 def test_an_array_task_gives_its_node_back_while_its_server_waits_in_the_queue(
     submitter: SlurmSubmitter, reference: Run
 ) -> None:

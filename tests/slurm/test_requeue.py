@@ -239,7 +239,8 @@ def test_one_allocation_goes_on_with_its_run_when_the_job_starts_again(
 ) -> None:
     paths = sbatch_templates(
         submitter, "sbatch", "--ntasks=3", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=10",
-        f"--output={tmp_path}/job.log", f"--chdir={tmp_path}", f"{REPOSITORY}/slurm/one-allocation.sbatch",
+        f"--output={tmp_path}/job.log", f"--chdir={tmp_path}",
+        f"{REPOSITORY}/slurm/one-allocation.sbatch",
     )  # fmt: skip
     until_round(paths, 3)
     slurm("scancel", "--signal=USR2", server_job(paths))
