@@ -102,6 +102,7 @@ def test_a_server_that_is_timed_out_requeued_and_killed_goes_on_with_the_same_ar
     shown = fedhpc("status", str(paths.root)).stdout
     assert "pending (requeueing)" in shown
     assert "PENDING (BeginTime)" in shown
+    assert f"after round {rounds(paths)[-1]}" in shown
 
     until_round(paths, 8)
     assert attempt(paths) == 2
@@ -128,38 +129,26 @@ def preempt(node: str, tmp_path: Path) -> None:
     subprocess.run(command, check=True, timeout=120, capture_output=True)
 
 
-@pytest.fixture
-def user_signal(cluster: Cluster) -> Iterator[None]:
-    """Slurm warns of a preemption with the signal of the job."""
-    with cluster.configured("SlurmctldParameters=preempt_send_user_signal"):
-        yield
-
-
-@pytest.mark.parametrize("told_by", ["SIGTERM", "SIGUSR2"])
 def test_preempted_array_tasks_and_a_preempted_server_come_back(
-    told_by: str,
-    request: pytest.FixtureRequest,
-    submitter: SlurmSubmitter,
-    long_reference: Run,
-    tmp_path: Path,
+    cluster: Cluster, submitter: SlurmSubmitter, long_reference: Run, tmp_path: Path
 ) -> None:
-    server_in = "preempt"  # where Slurm ends a job at once; in `grace` it has a minute's warning
-    if told_by == "SIGUSR2":
-        request.getfixturevalue("user_signal")
-        server_in = "grace"
+    # In partition `grace` a job has a minute, in which Slurm will not queue it if it leaves.
     paths = submitter.detach(
         [*LONG, "cluster.array_tasks=2", "cluster.min_array_tasks=2",
-         "cluster.clients={exclude: 'n1,n4', cpus_per_task: 6, slurm_partition: grace}",
-         f"cluster.server={{nodelist: n4, slurm_partition: {server_in}}}"]
+         "cluster.slurm_partition=grace", "cluster.server={nodelist: n4}",
+         "cluster.clients={exclude: 'n1,n4', cpus_per_task: 6}"]
     )  # fmt: skip
     until_round(paths, 3)
-    node = jobs_of(paths)["client-1"].node
-    preempt(node, tmp_path)
+    preempt(jobs_of(paths)["client-1"].node, tmp_path)  # SIGTERM
     until_round(paths, 8)
-    preempt("n4", tmp_path)
-    eventually(lambda: attempt(paths) == 2, 60)
+    with cluster.configured("SlurmctldParameters=preempt_send_user_signal"):
+        preempt(jobs_of(paths)["client-0"].node, tmp_path)  # USR2
+        until_round(paths, 13)
+        preempt("n4", tmp_path)
+        assert "it is preempted" in reason(paths)
     assert end_of(paths).checksum == long_reference.checksum
-    assert starts(paths) == {0: 1, 1: 2}
+    assert attempt(paths) == 2
+    assert starts(paths) == {0: 2, 1: 2}
     eventually(lambda: all_ended(paths), 20)
     assert set(states_of(paths).values()) == {"COMPLETED"}
 

@@ -2,13 +2,15 @@
 
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
-from fedhpc import config, requeue
-from fedhpc.cluster import scripts
+from fedhpc import config, oversight, requeue
+from fedhpc.cluster import scripts, submission
 from fedhpc.environment import Environment
+from fedhpc.oversight import ServerGone, ServerJob, ServerQueued
 from fedhpc.paths import RunPaths
 
 SAYS = "JobId=8 ArrayJobId=7 ArrayTaskId=3 JobName=a Requeue=1 "
@@ -97,3 +99,42 @@ def test_the_script_queues_a_job_again_whose_process_was_killed(
     done = subprocess.run(["bash", "-c", script], env=env, timeout=20, check=False)
     assert done.returncode == code
     assert ("scontrol requeue 7" in calls(commands)) is again
+
+
+@pytest.fixture
+def watched(commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPaths:
+    """A run with server job 7, of which Slurm is asked at every look."""
+    monkeypatch.setattr(oversight, "_FIRST_LOOK_S", 0.0)
+    monkeypatch.setattr(oversight, "_LOOK_S", (0.0, 0.0))
+    paths = RunPaths(tmp_path / "run")
+    paths.jobs.mkdir(parents=True)
+    submission.write(paths, submission.Submission("slurm", "7"))
+    return paths
+
+
+def test_each_time_that_the_server_is_queued_it_is_waited_for_as_long(
+    watched: RunPaths, commands: Path
+) -> None:
+    write(commands, "squeue", "echo '7|PENDING|BeginTime||'")
+    server = ServerJob(watched, 1.0)
+    server.check()
+    assert server.queued
+    time.sleep(1.1)
+    server.expect_soon()  # it was there meanwhile, and is lost again
+    server.check()
+    time.sleep(1.1)
+    with pytest.raises(ServerQueued, match="reattach_timeout_min"):
+        server.check()
+
+
+def test_what_others_learned_of_the_server_before_it_came_back_does_not_count(
+    watched: RunPaths, commands: Path
+) -> None:
+    first, second = ServerJob(watched, 60), ServerJob(watched, 60)
+    write(commands, "squeue", "echo '7|FAILED|NonZeroExitCode||'")
+    with pytest.raises(ServerGone):
+        first.check()
+    write(commands, "squeue", "echo '7|RUNNING|None||n1'")
+    second.expect_soon()
+    second.check()
+    assert not second.queued
