@@ -275,9 +275,11 @@ class Fits:
         except (GpuLost, FitCancelled):
             raise
         except FitFailed as error:
-            return _failure(work, slot, str(error), error.traceback, raised=True)
+            final = isinstance(error, FitOutOfMemory)  # it had a GPU for itself
+            return _failure(work, slot, str(error), error.traceback, raised=True, final=final)
         except FedHPCError as error:
-            return _failure(work, slot, str(error))
+            final = isinstance(error, FitKilled | ForkServerDied)  # it ran several times
+            return _failure(work, slot, str(error), final=final)
         except Exception as error:
             text = traceback.format_exc()
             return _failure(work, slot, f"{type(error).__name__}: {error}", text)
@@ -427,12 +429,14 @@ def _as_message(reply: Reply, slot: Slot, queued_s: float) -> grid_pb2.Fit:
 
 
 def _failure(
-    work: grid_pb2.Work, slot: Slot, reason: str, text: str = "", *, raised: bool = False
+    work: grid_pb2.Work,
+    slot: Slot,
+    reason: str,
+    text: str = "",
+    *,
+    raised: bool = False,
+    final: bool = False,
 ) -> _Result:
-    return _Result(
-        grid_pb2.Result(
-            message_id=work.message_id,
-            failure=grid_pb2.Failure(reason=reason, traceback=text, raised=raised),
-            fit=grid_pb2.Fit(slot=slot.index),
-        )
-    )
+    failure = grid_pb2.Failure(reason=reason, traceback=text, raised=raised, final=final)
+    fit = grid_pb2.Fit(slot=slot.index)
+    return _Result(grid_pb2.Result(message_id=work.message_id, failure=failure, fit=fit))

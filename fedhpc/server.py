@@ -27,7 +27,7 @@ from fedhpc import (
 from fedhpc.cluster import entries, slurm, submission
 from fedhpc.errors import FedHPCError, PlatformError, RunError
 from fedhpc.federation import apps, certificates, compat, dispatch, fit, plain
-from fedhpc.federation.checkpoint import Checkpoint, CheckpointStore
+from fedhpc.federation.checkpoint import CheckpointStore
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.inprocess import InProcess
 from fedhpc.federation.link_server import LinkOptions, LinkServer
@@ -79,19 +79,18 @@ class Server:
         self._attempt = _claim_attempt(paths)
         settings = self._config.checkpoint
         self._checkpoints = CheckpointStore(paths, settings, self._attempt)
-        found = self._checkpoints.load_newest() if self._attempt > 1 else None
-        if self._attempt > 1:
-            self._forget_what_followed(found)
-        self._rounds = Rounds(self._checkpoints, settings.every, found)
+        self._rounds = Rounds(self._checkpoints, self._config)
         self._clients = ClientArray(paths, self._config.cluster)
         self._superseded = threading.Event()
         self._links: LinkServer | None = None
 
-    def _forget_what_followed(self, found: Checkpoint | None) -> None:
-        """Take the records back to where this attempt goes on: at a checkpoint, or at round 1."""
+    def _go_on(self) -> None:
+        """Go on where the last attempt was: after its newest checkpoint, or at round 1."""
+        found = self._checkpoints.load_newest()
         self._paths.model.unlink(missing_ok=True)
         if found is not None:
             self._recorder.go_on_from(plain.decode(found.parts["records"]))
+            self._rounds.go_on_from(found)
         else:
             self._paths.metrics.unlink(missing_ok=True)
             self._paths.fits.unlink(missing_ok=True)
@@ -102,6 +101,8 @@ class Server:
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
             with self._reporting():
+                if self._attempt > 1:
+                    self._go_on()
                 if self._config.cluster.executor == "debug":
                     self._run_app(InProcess(fit.load(str(self._paths.root))))
                 else:
@@ -194,6 +195,7 @@ class Server:
             num_clients=self._config.federation.num_clients,
             seed=self._config.seed,
             states=ClientStates(self._paths, state_bytes, self._checkpoints.refers_to),
+            retry=self._config.failures.retry,
         )
         compat.set_identity(self._paths.run_id)
         rounds = self._rounds

@@ -181,9 +181,11 @@ class LinkServer:
                 self._news.wait(min(left_s, 1.0))
             return [self._responses.pop(message_id) for message_id in ready]
 
-    def withdraw(self, message_ids: Iterable[str]) -> None:
+    def withdraw(self, message_ids: Iterable[str]) -> list[Response]:
         """Forget requests; see `Transport`."""
         gone = list(message_ids)
+        with self._news:
+            late = [self._responses.pop(name) for name in gone if name in self._responses]
 
         def withdraw() -> None:
             for message_id in gone:
@@ -194,6 +196,7 @@ class LinkServer:
             self._act()
 
         self._loop.call_soon_threadsafe(withdraw)
+        return late
 
     def _check_company(self) -> None:
         working = self._peers and self._machine.started
@@ -404,7 +407,7 @@ class LinkServer:
         """Do what the state machine wants done."""
         for action in self._machine.actions():
             if isinstance(action, dispatch.Fail):
-                failure = grid_pb2.Failure(reason=action.reason)
+                failure = grid_pb2.Failure(reason=action.reason, final=True)
                 self._respond(Response(action.message_id, failure=failure))
                 continue
             peer = self._peers.get(action.link)

@@ -59,5 +59,5 @@ class Transport(Protocol):
             If nobody is there, or will be, to answer.
         """
 
-    def withdraw(self, message_ids: Iterable[str]) -> None:
-        """Forget requests; running fits are cancelled."""
+    def withdraw(self, message_ids: Iterable[str]) -> list[Response]:
+        """Forget requests; running fits are cancelled. Returns answers that have come already."""

@@ -147,6 +147,13 @@ def test_a_finished_run_has_more_rounds_and_ends_as_one_that_had_them_from_the_s
     assert resumed.checksum == undisturbed.checksum
     assert [line["round"] for line in resumed.metrics] == [0, 1, 2, 3, 4, 5]
     assert "is damaged" in resumed.output
+    # Nor does a run without any begin at round 1 in silence.
+    for folder in short.paths.checkpoints.glob("round-*"):
+        (folder / "state.json").write_text("{}")
+    lost = resume(short, "--set", "federation.num_rounds=6")
+    assert lost.returncode == 1
+    assert lost.status["state"] == "failed"
+    assert "found only damaged ones" in lost.status["reason"]
 
 
 def test_a_run_whose_app_has_its_own_loop_says_that_it_would_begin_anew(

@@ -59,7 +59,7 @@ def test_an_array_larger_than_the_cluster_finishes_and_leaves_nothing_pending(
     assert seconds_until(lambda: not submitter.queue(), 20) < 10
 
 
-def test_a_node_that_goes_down_in_the_middle_changes_nothing(
+def test_nodes_that_go_down_in_the_middle_change_nothing(
     submitter: SlurmSubmitter, cluster: Cluster, long_reference: Run
 ) -> None:
     process = submitter.start(
@@ -72,6 +72,10 @@ def test_a_node_that_goes_down_in_the_middle_changes_nothing(
     hosts = {fit["host"] for fit in read_lines(paths.fits)}
     assert len(hosts) == 2
     cluster.do("node-down", min(hosts))
+    eventually(lambda: len(list(read_lines(paths.metrics))) > 10, 60)
+    cluster.do("node-down", "n1", "--tell")  # the server's
+    eventually(lambda: jobs_of(paths)["server"].pending, 20)
+    cluster.do("node-up", "n1")
     output, _ = process.communicate(timeout=150)
     assert process.returncode == 0, output
     assert run_state.read(paths)["model_sha256"] == long_reference.checksum

@@ -184,6 +184,19 @@ FIRST_STAGE: dict[str, Bad] = {
         "federation: {round_timeout_s: 60}\nisolation: {fit_timeout_s: 61}",
         "isolation.fit_timeout_s: expected at most federation.round_timeout_s (60), found 61",
     ),
+    "more clients asked than an app of its own would ask": bad(
+        "federation: {over_select: 1.3}\napp: {server: 'a:b', client: 'a:c'}",
+        "federation.over_select: expected 1, as this app's own strategy chooses how many clients"
+        " train, found 1.3",
+    ),
+    "fewer clients asked than needed": bad(
+        "federation: {over_select: 0.9}",
+        "federation.over_select: expected 1.0 or more, found 0.9",
+    ),
+    "more than all clients needed": bad(
+        "failures: {min_completed: 1.1}",
+        "failures.min_completed: expected 1.0 or less, found 1.1",
+    ),
     "an image folder without a folder": bad(
         "data: {name: image_folder}",
         "data.source: image_folder needs a folder or a zip file here, found null",
