@@ -161,13 +161,16 @@ def test_array_tasks_queue_behind_their_server_and_max_requeues_ends_a_run_that_
          "cluster.reattach_timeout_min=0.05"]
     )  # fmt: skip
     until_round(paths, 2)
-    # The server learns of it, and goes on; the array tasks come back, too.
-    slurm("scancel", "--signal=USR2", jobs_of(paths)["client-0"].job_id)
-    eventually(lambda: jobs_of(paths)["client-0"].pending, 20)
-    eventually(lambda: jobs_of(paths)["client-0"].running, 30)
-
-    slurm("scontrol", "requeuehold", server_job(paths))
+    # The server waits for both, as they are in the queue.
     clients = ("client-0", "client-1")
+    slurm("scancel", "--signal=USR2", jobs_of(paths)["client-0"].job_id)
+    slurm("scontrol", "requeue", jobs_of(paths)["client-1"].job_id)
+    eventually(lambda: all(jobs_of(paths)[role].pending for role in clients), 20)
+    until_round(paths, rounds(paths)[-1] + 2)
+    assert attempt(paths) == 1
+
+    eventually(lambda: all(jobs_of(paths)[role].running for role in clients), 30)
+    slurm("scontrol", "requeuehold", server_job(paths))
     eventually(
         lambda: {jobs_of(paths)[role].describe() for role in clients} == {"PENDING (Dependency)"},
         60,
