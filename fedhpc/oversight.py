@@ -4,6 +4,7 @@ Array tasks that have lost their server share what one of them has learned, and 
 and more rarely: a controller serves many.
 """
 
+import contextlib
 import logging
 import random
 import time
@@ -112,7 +113,8 @@ class ServerJob:
             return
         self._sequence += 1
         value = {"sequence": self._sequence, "job": job and asdict(job)}
-        files.write_json(self._paths.server_job, value)
+        with contextlib.suppress(PlatformError):  # then the others ask too
+            files.write_json(self._paths.server_job, value, patience_s=0.0)
         self._judge(job)
 
     def _shared(self) -> tuple[int, Job | None]:
@@ -191,6 +193,15 @@ class ClientArray:
                 f" {connected}, needed: {self._cluster.min_array_tasks}{self.said()}",
                 "see the logs of the client array in the run folder's jobs/",
             )
+
+    def end_pending(self) -> None:
+        """Take array tasks that have not started out of the queue: there is nothing for them."""
+        jobs = submission.read(self._paths)
+        if jobs is not None and jobs.executor == "slurm" and jobs.clients:
+            try:
+                slurm.cancel({job_id.split("_")[0] for job_id in jobs.clients}, pending_only=True)
+            except PlatformError as error:
+                logger.warning("pending array tasks could not be cancelled: %s", error.message)
 
     def _ask(self) -> None:
         jobs = submission.read(self._paths)

@@ -303,6 +303,16 @@ def created_s(paths: RunPaths) -> float:
 
 
 def latest_attempt(paths: RunPaths) -> int:
-    """Return the highest attempt ever claimed in the run folder; 0 if none."""
-    found = (re.fullmatch(r"attempt-(\d+)", entry.name) for entry in paths.root.iterdir())
+    """Return the highest attempt ever claimed in the run folder; 0 if none.
+
+    Raises
+    ------
+    OSError
+        If the disk does not tell.
+    """
+    try:
+        names = [entry.name for entry in paths.root.iterdir()]
+    except FileNotFoundError:
+        return 0
+    found = (re.fullmatch(r"attempt-(\d+)", name) for name in names)
     return max((int(match[1]) for match in found if match), default=0)

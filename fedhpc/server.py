@@ -24,8 +24,8 @@ from fedhpc import (
     requeue,
     run_state,
 )
-from fedhpc.cluster import entries, slurm, submission
-from fedhpc.errors import FedHPCError, PlatformError, RunError
+from fedhpc.cluster import entries
+from fedhpc.errors import FedHPCError, PlatformError, RunError, Superseded
 from fedhpc.federation import apps, certificates, compat, dispatch, fit, plain
 from fedhpc.federation.checkpoint import CheckpointStore
 from fedhpc.federation.grid import HpcGrid
@@ -43,6 +43,7 @@ from fedhpc.requeue import Fate
 logger = logging.getLogger(__name__)
 
 _STATUS_S = 0.5
+_STATUS_AGAIN_S = 5.0  # also where nothing is new: somebody may have written something else
 _LAST_WRITE_S = 4.0
 _SIGNAL_S = 0.3
 _KILLED_BY_SIGNAL = 128
@@ -77,6 +78,7 @@ class Server:
                 "submit it again; a run folder is used once",
             )
         self._attempt = _claim_attempt(paths)
+        self._fence = rendezvous.Fence(paths, self._attempt)
         settings = self._config.checkpoint
         self._checkpoints = CheckpointStore(paths, settings, self._attempt)
         self._rounds = Rounds(self._checkpoints, self._config)
@@ -96,7 +98,17 @@ class Server:
             self._paths.fits.unlink(missing_ok=True)
 
     def run(self) -> int:
-        """Run the federation to its end; return the exit code."""
+        """Run the federation to its end; return the exit code.
+
+        Raises
+        ------
+        PlatformError
+            If the disk refuses even to note that this process is there.
+        """
+        with files.fenced(self._fence.check):
+            return self._run()
+
+    def _run(self) -> int:
         run_state.register_process(self._paths, "server", self._environment.job_id)
         try:
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
@@ -109,13 +121,12 @@ class Server:
                     with self._links_open() as transport:
                         self._run_app(transport)
         except _Stop as stop:
-            fate = self._foresee(stop)
+            fate = stop.fate or self._foresee(stop.signum)
             if fate.returns:
                 return self._leave_for_next_attempt(fate)
             if stop.signum == signal.SIGUSR2:
-                go_on = f"to go on: fedhpc submit --resume {self._paths.root}"
-                reason = f"server job: {fate.reason}; {go_on}"
-                return self._end("failed", reason, PlatformError.exit_code)
+                why = f"{fate.reason}; to go on: fedhpc submit --resume {self._paths.root}"
+                return self._end("failed", f"server job: {why}", PlatformError.exit_code)
             code = _KILLED_BY_SIGNAL + stop.signum
             return self._end("cancelled", f"server job: {fate.reason}", code)
         except KeyboardInterrupt:  # the debug executor runs in a terminal
@@ -126,8 +137,12 @@ class Server:
             return self._end("failed", error.message, error.exit_code)
         except Exception as error:
             logger.error("the ServerApp failed:\n%s", traceback.format_exc())
-            files.write_atomic(self._paths.errors / "server.txt", traceback.format_exc())
-            return self._end("failed", f"{type(error).__name__}: {error}", RunError.exit_code)
+            with contextlib.suppress(PlatformError):  # it is in the log
+                path = self._paths.errors / "server.txt"
+                files.write_atomic(path, traceback.format_exc(), patience_s=0.0)
+            of_disk = isinstance(error, OSError) and files.is_of_disk(error)
+            code = PlatformError.exit_code if of_disk else RunError.exit_code
+            return self._end("failed", f"{type(error).__name__}: {error}", code)
         return self._end("finished", "", 0)
 
     @contextlib.contextmanager
@@ -166,24 +181,29 @@ class Server:
             ),
             self._supersede,
         )
-        publisher.start()
-        logger.info("attempt %d listens on %s:%d", self._attempt, host, port)
         self._links = links
         phase: rendezvous.Phase = "failed"
         goes_on = False
         try:
+            publisher.start()
+            logger.info("attempt %d listens on %s:%d", self._attempt, host, port)
             yield links
             phase = "finished"
         except _Stop as stop:
-            goes_on = self._foresee(stop).returns
+            stop.fate = self._foresee(stop.signum)
+            goes_on = stop.fate.returns
             raise
         finally:
-            if not self._superseded.is_set():
-                with contextlib.suppress(PlatformError):
+            superseded = self._is_superseded()
+            try:
+                if not superseded:
                     publisher.end("requeueing" if goes_on else phase)
-                if not goes_on:
+            except PlatformError as error:  # those who are connected are told so
+                logger.warning("%s", error)
+            finally:
+                if not (superseded or goes_on):
                     certificates.remove(paths.secrets)
-            links.finish(None if goes_on or self._superseded.is_set() else phase)
+                links.finish(None if goes_on or superseded else phase)
 
     def _run_app(self, transport: Transport) -> None:
         """Call the ServerApp and write the model that its strategy ends with."""
@@ -231,12 +251,22 @@ class Server:
 
         def report() -> None:
             last: object = None
+            written_s = 0.0
+            failing = False
             while not ended.wait(_STATUS_S):
-                current = self._status()
-                if current != last and not self._superseded.is_set():
-                    with contextlib.suppress(PlatformError):
-                        run_state.write(self._paths, "running", **current)
-                        last = current
+                try:
+                    current = self._status()
+                    if current == last and time.monotonic() < written_s + _STATUS_AGAIN_S:
+                        continue
+                    run_state.write(self._paths, "running", patience_s=0.0, **current)
+                    last, written_s, failing = current, time.monotonic(), False
+                except Superseded:
+                    self._supersede()
+                    return
+                except Exception as error:  # no reason to say nothing for the rest of the run
+                    if not failing:
+                        logger.warning("could not refresh the status: %s", error)
+                    failing = True
 
         run_state.write(self._paths, "running", **self._status())
         thread = threading.Thread(target=report, name="status", daemon=True)
@@ -258,36 +288,43 @@ class Server:
 
     def _end(self, state: run_state.State, reason: str, code: int = 1) -> int:
         """Write the last status and return the exit code."""
-        if self._superseded.is_set():
+        if self._is_superseded():
             logger.warning("a server with a higher attempt has come; this one leaves")
             return PlatformError.exit_code
         logger.log(logging.INFO if code == 0 else logging.ERROR, "%s %s", state, reason)
         status = self._status() | {"exit_code": code}
-        if self._paths.model.exists():
-            with self._paths.model.open("rb") as file:
-                status["model_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        run_state.write(self._paths, state, reason, **status)
-        self._end_pending_clients()
+        # A run that has failed, perhaps for this disk, has waited for it; one that is done has not.
+        patience_s = None if code == 0 else _LAST_WRITE_S
+        try:
+            if self._paths.model.exists():
+                with self._paths.model.open("rb") as file:
+                    status["model_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            run_state.write(self._paths, state, reason, patience_s=patience_s, **status)
+        except Superseded:
+            return PlatformError.exit_code
+        except (PlatformError, OSError) as error:
+            logger.error("the run has %s, but status.json does not say so: %s", state, error)
+            code = code or PlatformError.exit_code
+        self._clients.end_pending()
         return code
 
-    def _foresee(self, stop: _Stop) -> Fate:
+    def _foresee(self, signum: int) -> Fate:
         """Return whether the server job starts again after a signal, instead of ending the run."""
-        if stop.fate is None:
-            stop.fate = self._ask_fate(stop.signum)
-        return stop.fate
-
-    def _ask_fate(self, signum: int) -> Fate:
         cluster = self._config.cluster
-        if self._superseded.is_set() or cluster.executor != "slurm":
+        if self._is_superseded() or cluster.executor != "slurm":
             return requeue.stays_away(signum)
         fate = requeue.foresee(signum, self._environment, cluster.max_requeues)
         if fate.returns and fate.by_itself and (why := self._why_not_again()):
             return Fate(False, False, f"{fate.reason}; {why}")
         return fate
 
+    def _has_begun(self) -> bool:
+        """Return whether array tasks have been given work in this attempt."""
+        return bool(self._recorder.has_sent and self._links and self._links.array_tasks())
+
     def _why_not_again(self) -> str:
         """Return why there is no point in another attempt; "" if there is."""
-        if self._recorder.has_sent:
+        if self._has_begun():
             why = self._rounds.why_not()
             return f"it would begin at round 1 again: {why}" if why else ""
         return "" if self._clients.exists() else f"no array task is left{self._clients.said()}"
@@ -297,11 +334,19 @@ class Server:
         status = self._status()
         done = 0 if status["begins_anew"] else status["checkpoint"] or 0
         why = fate.reason
-        if not self._recorder.has_sent:
+        if not self._has_begun():
             why += ", and no work has begun" + self._clients.said()
         reason = f"server job: {why}; its next attempt goes on at round {done + 1}"
         logger.warning("%s", reason)
-        run_state.write(self._paths, "pending", reason, phase="requeueing", **status)
+        try:
+            run_state.write(
+                self._paths, "pending", reason, patience_s=_LAST_WRITE_S, phase="requeueing",
+                **status,
+            )  # fmt: skip
+        except Superseded:
+            raise
+        except PlatformError as error:  # Slurm knows it too
+            logger.warning("%s", error)
         if fate.by_itself:
             try:
                 requeue.queue_again(self._environment.job_id)
@@ -309,22 +354,21 @@ class Server:
                 return self._end("failed", f"{reason}, but: {error.message}", error.exit_code)
         return 0
 
-    def _end_pending_clients(self) -> None:
-        """Take array tasks that have not started out of the queue: there is nothing for them."""
-        jobs = submission.read(self._paths)
-        if jobs is not None and jobs.executor == "slurm" and jobs.clients:
-            try:
-                slurm.cancel({job_id.split("_")[0] for job_id in jobs.clients}, pending_only=True)
-            except PlatformError as error:
-                logger.warning("pending array tasks could not be cancelled: %s", error.message)
-
     def _supersede(self) -> None:
-        self._superseded.set()
-        os.kill(os.getpid(), signal.SIGTERM)
+        """Leave, whatever the app is doing; called from other threads."""
+        if not self._superseded.is_set():
+            self._superseded.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _is_superseded(self) -> bool:
+        """Return whether another server has come, looking for it now."""
+        if self._fence.is_passed():
+            self._superseded.set()
+        return self._superseded.is_set()
 
 
 def _claim_attempt(paths: RunPaths) -> int:
-    number = latest_attempt(paths) + 1
+    number = 1 + files.persist(lambda: latest_attempt(paths), f"list {paths.root}")
     while not files.claim(paths.attempt(number)):
         number += 1
     return number
@@ -348,6 +392,9 @@ def run(run_dir: str) -> None:
     except FedHPCError as error:
         logger.error("%s", error)
         code = error.exit_code
+    except OSError:
+        logger.exception("the server ends, as it could not read or write")
+        code = PlatformError.exit_code
     except _Stop as stop:
         code = _KILLED_BY_SIGNAL + stop.signum
     if code:

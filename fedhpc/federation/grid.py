@@ -1,7 +1,6 @@
 """Flower's Grid over a `Transport`: a ServerApp talks to the clients through this."""
 
 import logging
-import mmap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +11,8 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
+from fedhpc import files
+from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import compat, grid_pb2, message_ids, seeds, updates
 from fedhpc.federation.cohort import Answer, Cohort, Outcome, nothing
 from fedhpc.federation.journal import AcceptedJournal, Entry
@@ -237,7 +238,7 @@ class HpcGrid(Grid):
         for response in late:
             self._note(response, tries=cohort.tries(response.message_id), late=True)
             for entry in response.payload.arrays if response.payload else ():
-                self._paths.result_blob(response.message_id, entry.digest).unlink(missing_ok=True)
+                files.remove(self._paths.result_blob(response.message_id, entry.digest))
         return [response.message_id for response in late]
 
     def _failed_before(self, before: Entry) -> list[Answer]:
@@ -311,7 +312,9 @@ class HpcGrid(Grid):
                 reply, state = unpack(
                     response.payload, lambda digest: self._open_blob(response, digest)
                 )
-            except OSError as error:
+            except Superseded:
+                raise
+            except (OSError, PlatformError) as error:
                 failure = grid_pb2.Failure(reason=f"its arrays could not be read: {error}")
             else:
                 if reply.has_error():  # the app itself says so
@@ -348,10 +351,8 @@ class HpcGrid(Grid):
         if digest in response.blobs:
             return response.blobs[digest]
         path = self._paths.result_blob(response.message_id, digest)
-        with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
-        response.blobs[digest] = data
-        path.unlink()  # the mapping keeps the bytes
+        data = response.blobs[digest] = files.map_whole(path, response.files[digest])
+        files.remove(path)  # the mapping keeps the bytes
         return data
 
 

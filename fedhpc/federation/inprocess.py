@@ -66,6 +66,7 @@ class InProcess:
             payload=None if failed else grid_pb2.Payload.FromString(result.payload),
             failure=result.failure if failed else None,
             blobs={blob.digest: memoryview(b"".join(blob.parts)) for blob in inline},
+            files={blob.digest: blob.size for blob in result.blobs if blob.in_file},
             fit=grid_pb2.Fit(run_s=time.monotonic() - start_s),
             array_task=0,
         )

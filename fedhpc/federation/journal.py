@@ -4,10 +4,12 @@ A server that does a round again accepts the same clients, and so ends in the sa
 is written where the whole cohort succeeded.
 """
 
+import json
 import logging
 from dataclasses import dataclass
 
 from fedhpc import files
+from fedhpc.errors import PlatformError
 from fedhpc.federation.cohort import Answer, Outcome
 from fedhpc.paths import RunPaths
 
@@ -81,16 +83,27 @@ class AcceptedJournal:
         self._paths = paths
 
     def read(self, asked: list[str]) -> Entry | None:
-        """Return the entry of a cohort, by the ids of its messages; None if there is none."""
+        """Return the entry of a cohort, by the ids of its messages; None if there is none.
+
+        Raises
+        ------
+        PlatformError
+            If there is one that cannot be read: without it the model would be another one.
+        """
         if not asked:
             return None
-        found = files.read_json(self._paths.accepted_of(min(asked)))
-        if not isinstance(found, dict):
-            return None
+        path = self._paths.accepted_of(min(asked))
+        try:
+            found = json.loads(files.persist(path.read_bytes, f"read {path}"))
+        except ValueError as error:
+            raise PlatformError(f"{path} is damaged: {error}") from error
+        except PlatformError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
         if found.pop("asked", None) != sorted(asked):
             logger.warning(
-                "%s is of another cohort (has the config changed?): it is not used",
-                self._paths.accepted_of(min(asked)),
+                "%s is of another cohort (has the config changed?): it is not used", path
             )
             return None
         return Entry(**found)
@@ -105,7 +118,8 @@ class AcceptedJournal:
         """
         if len(outcome.accepted) == len(outcome.asked):
             return
-        self._paths.accepted.mkdir(exist_ok=True)
+        folder = self._paths.accepted
+        files.persist(lambda: folder.mkdir(exist_ok=True), f"make {folder}")
         value = {
             "asked": outcome.asked,
             "accepted": sorted(answer.message_id for answer in outcome.accepted),

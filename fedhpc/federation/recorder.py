@@ -1,5 +1,6 @@
 """What happened in a run, as it happens: metrics.jsonl, fits.jsonl and errors/."""
 
+import logging
 import os
 import threading
 import time
@@ -9,9 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from fedhpc import files
+from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation.cohort import Streaks
 from fedhpc.federation.transport import Response
 from fedhpc.paths import RunPaths
+
+logger = logging.getLogger(__name__)
 
 _SAID = 20  # clients that fail again and again, in status.json
 
@@ -227,7 +231,13 @@ class Recorder:
             f" on array task {line['array_task']} ({line['host']})\n"
             f"{failure.reason}\n\n{failure.traceback}"
         )
-        files.write_atomic(self._paths.error(response.message_id, tries), text)
+        path = self._paths.error(response.message_id, tries)
+        try:
+            files.write_atomic(path, text, patience_s=0.0)
+        except Superseded:
+            raise
+        except PlatformError as error:  # the run does not depend on it; a person may
+            logger.warning("%s; it was to say:\n%s", error.message, text)
 
 
 def _size(path: Path) -> int:

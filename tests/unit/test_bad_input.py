@@ -232,7 +232,9 @@ FIRST_STAGE: dict[str, Bad] = {
         "app: {run_config: {lr: 1}}", "app.run_config: the built-in app reads data, model and"
     ),
     # The command line.
-    "nothing": command(said="command line: 1 problem CONFIG: expected a YAML file, found nothing"),
+    "nothing": command(
+        said="command line: 1 problem CONFIG: expected a YAML file or --resume RUN_DIR, found"
+    ),
     "an unknown option": command(FILE, "--excutor", "local", said="No such option '--excutor'"),
     "an unknown executor": command(
         FILE, "--executor", "pbs", said="Invalid value for '--executor': 'pbs' is not one of 'auto'"

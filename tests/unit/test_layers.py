@@ -33,6 +33,7 @@ LAYERS = {
         "fedhpc.oversight",
         "fedhpc.requeue",
         "fedhpc.server",
+        "fedhpc.held",
         "fedhpc.fits",
         "fedhpc.client",
     ],
