@@ -21,6 +21,7 @@ from fedhpc import (
     inspection,
     logging_setup,
     rendezvous,
+    requeue,
     run_state,
 )
 from fedhpc.cluster import entries, slurm
@@ -55,6 +56,7 @@ class ArrayTask:
         self._environment = environment.current()
         self._index = self._environment.array_task if array_task is None else array_task
         self._stopped = threading.Event()
+        self._signum: int | None = None
         self._link: LinkClient | None = None
         self._gpus: list[str] = []
         self._lock_folder = ""
@@ -71,12 +73,18 @@ class ArrayTask:
             If there is no server, and will be none.
         """
         try:
-            return self._run()
+            code = self._run()
         except ServerGone as error:
             self._leave_without_server(error)
             raise
         except ServerQueued as error:
-            return self._queue_behind_server(error)
+            logger.warning("%s; this array task queues behind it", error.message)
+            requeue.queue_behind(self._environment.job_id, self._server_job.job_id)
+            return 0
+        if self._signum is not None:
+            self._return_later(self._signum)
+            return 128 + self._signum
+        return code
 
     def _run(self) -> int:
         run_state.register_process(self._paths, f"client-{self._index}", self._environment.job_id)
@@ -92,6 +100,9 @@ class ArrayTask:
         )
         gpus = list(dict.fromkeys(gpu for slot in slots for gpu in slot.gpus))
         self._gpus = [gpu.id for gpu in gpus]
+        timeout_s = cluster.rendezvous_timeout_s
+        if cluster.executor == "slurm":  # for its job to start, and then for its address
+            timeout_s += 60 * cluster.reattach_timeout_min
         seeker = rendezvous.Seeker(self._paths, self._server_job.job_id or "(not known)")
         # On full cores a standby child only takes time from the fits.
         cpus = max(1, self._environment.cpus // here)
@@ -111,7 +122,7 @@ class ArrayTask:
         ):
             fits = Fits(pool, slots, self._paths, self._config, sampler, self._give_up)
             while not self._stopped.is_set():
-                found = seeker.wait(cluster.rendezvous_timeout_s, self._is_stopped)
+                found = seeker.wait(timeout_s, self._is_stopped)
                 if found is None or found.phase != "serving":
                     break
                 try:
@@ -126,7 +137,7 @@ class ArrayTask:
                 self._server_job.expect_soon()
         if self._problem is not None:
             raise self._problem
-        return 128 + signal.SIGTERM if self._stopped.is_set() else 0
+        return 0
 
     def _leave_if_always_refused(self, error: LinkRefused) -> None:
         """Hold no GPU for ever that it may not use; whom it clashes with may be gone soon."""
@@ -166,20 +177,27 @@ class ArrayTask:
             logger.warning("%s", problem)
         slurm.cancel([self._environment.job_id.split("_")[0]], pending_only=True)
 
-    def _queue_behind_server(self, error: ServerQueued) -> int:
-        """Give the node back and wait in the queue for the server to start again."""
-        logger.warning("%s; this array task queues behind it", error.message)
-        job_id = self._environment.job_id
-        # Slurm ends everything here as soon as the job is requeued; our next commands inherit this.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        slurm.control("requeuehold", job_id)
-        dependency = f"Dependency=after:{self._server_job.job_id}"
-        slurm.control("update", f"JobId={job_id}", dependency)
-        slurm.control("release", job_id)
-        return 0
+    def _return_later(self, signum: int) -> None:
+        """Put this job into the queue again after a signal, if the run goes on and Slurm does not.
 
-    def stop(self) -> None:
-        """Leave soon; safe to call from a signal handler."""
+        The server has seen the link end: what ran here runs elsewhere by now.
+        """
+        job_id, server_job = self._environment.job_id, self._server_job.job_id
+        own_job = self._config.cluster.executor == "slurm" and job_id != server_job
+        if not own_job or run_state.read(self._paths)["state"] in run_state.ENDED:
+            return
+        fate = requeue.foresee(signum, self._environment, self._config.cluster.max_requeues)
+        logger.warning("array task %d leaves: %s", self._index, fate.reason)
+        if not (fate.returns and fate.by_itself):
+            return
+        if self._server_job.queued:
+            requeue.queue_behind(job_id, server_job)
+        else:
+            requeue.queue_again(job_id)
+
+    def stop(self, signum: int | None = None) -> None:
+        """Leave soon; safe to call from a signal handler, with its signal."""
+        self._signum = self._signum or signum
         self._stopped.set()
         link = self._link  # one look: the main thread may forget it meanwhile
         if link is not None:
@@ -262,12 +280,13 @@ def run(run_dir: str, array_task: int | None = None) -> None:
         entries.use_snapshot(run_dir)
         task = ArrayTask(open_run_folder(Path(run_dir)), array_task)
 
-        def stop_on_signal(_signum: int, _frame: FrameType | None) -> None:
-            task.stop()
+        def stop_on_signal(signum: int, _frame: FrameType | None) -> None:
+            task.stop(signum)
 
         # submitit's handlers ignore SIGTERM; these replace them.
         for signum in (signal.SIGTERM, signal.SIGUSR2):
             signal.signal(signum, stop_on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
         code = task.run()
     except FedHPCError as error:
         logger.error("%s", error)

@@ -45,6 +45,7 @@ class Follower:
         self._pause_s = _ASK_LOCAL_S if self._local else _FIRST_ASK_SLURM_S
         self._ask_s = self._start_s + self._pause_s
         self._alone_since_s: float | None = None
+        self._queued_since_s: float | None = None
         self._waiting = ""
 
     def until_end(self) -> dict[str, Any]:
@@ -94,7 +95,9 @@ class Follower:
         server = standing.jobs.get("server")
         clients = [job for role, job in standing.jobs.items() if role != "server"]
         limit_s = 60 * self._cluster.pending_timeout_min
-        if server and server.pending and now_s - self._start_s > limit_s:
+        queued = server is not None and server.pending
+        self._queued_since_s = (self._queued_since_s or now_s) if queued else None
+        if server and self._queued_since_s and now_s - self._queued_since_s > limit_s:
             return (
                 f"cluster.pending_timeout_min: the server job {server.job_id} did not start within"
                 f" {limit_s / 60:g} min: {server.describe()}"

@@ -201,6 +201,11 @@ def _check(paths: RunPaths, standing: Standing) -> None:
         return
     if jobs.executor != "slurm":
         _look_here(paths, jobs, standing)
+    server = standing.jobs.get("server")
+    if server is not None and server.pending and standing.status["state"] == "running":
+        why = "the server ended without a word, and its job is in the queue again"
+        more = {"state": "pending", "phase": "requeueing", "reason": why}
+        standing.status = {**standing.status, **more}
     if not standing.ended and (reason := _why_gone(paths, jobs, standing)):
         cancelled = _state_of(standing, "server") == "CANCELLED"
         finished = False

@@ -61,9 +61,6 @@ class ServerJob:
     def __init__(self, paths: RunPaths, reattach_timeout_s: float) -> None:
         self._paths = paths
         self._reattach_timeout_s = reattach_timeout_s
-        self._sequence = self._shared()[0]
-        self._look_s = 0.0
-        self._queued_since_s: float | None = None
         self.expect_soon()
 
     @property
@@ -75,8 +72,15 @@ class ServerJob:
         found = rendezvous.read(self._paths)
         return found.job_id if found else ""
 
+    @property
+    def queued(self) -> bool:
+        """Whether it waited in the queue when it was looked at last."""
+        return self._queued_since_s is not None
+
     def expect_soon(self) -> None:
         """Ask Slurm within the next seconds: a server was lost, or was never there."""
+        self._sequence = self._shared()[0]  # what others have learned before is of its past
+        self._queued_since_s: float | None = None
         self._look_s = time.monotonic() + random.uniform(0, _FIRST_LOOK_S)  # noqa: S311
 
     def check(self) -> None:
@@ -154,12 +158,10 @@ class ClientArray:
         self._pause_s = _FIRST_ASK_S
         self._gone_since_s: float | None = None
 
-    def pending(self) -> bool:
-        """Return whether the client array waits in the queue, asking Slurm now."""
-        if self._cluster.executor != "slurm":
-            return False
+    def exists(self) -> bool:
+        """Return whether an array task runs or waits in the queue, asking Slurm now."""
         self._ask()
-        return bool(self._jobs) and any(job.pending for job in self._jobs.values())
+        return any(not job.ended for job in self._jobs.values())
 
     def check(self, alone_s: float, connected: int) -> None:
         """Decide whether to go on waiting.
@@ -192,6 +194,15 @@ class ClientArray:
                 "see the logs of the client array in the run folder's jobs/",
             )
 
+    def end_pending(self) -> None:
+        """Take array tasks that have not started out of the queue: there is nothing for them."""
+        jobs = submission.read(self._paths)
+        if jobs is not None and jobs.executor == "slurm" and jobs.clients:
+            try:
+                slurm.cancel({job_id.split("_")[0] for job_id in jobs.clients}, pending_only=True)
+            except PlatformError as error:
+                logger.warning("pending array tasks could not be cancelled: %s", error.message)
+
     def _ask(self) -> None:
         jobs = submission.read(self._paths)
         if jobs is None or not jobs.clients:
@@ -209,7 +220,8 @@ class ClientArray:
         if since_s and not connected and time.monotonic() - since_s > _ARRAY_GONE_S:
             raise PlatformError(
                 f"every array task has ended, and the run has not{self.said()}",
-                "see the logs of the client array in the run folder's jobs/",
+                "see the logs of the client array in the run folder's jobs/; with more time or"
+                f" memory it goes on: fedhpc submit --resume {self._paths.root}",
             )
 
     def _deadline(self) -> tuple[str, float]:

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.table import Table
 
-from fedhpc import inspection, words
+from fedhpc import inspection, run_state, words
 from fedhpc.cluster.slurm import Job
 from fedhpc.inspection import Standing
 from fedhpc.paths import RunPaths
@@ -101,14 +101,16 @@ def as_table(paths: RunPaths, standing: Standing) -> RenderableType:
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     eta = eta_s(standing)
+    phase = "" if standing.ended else status.get("phase")
     rows = {
         "run": paths.run_id,
-        "state": status["state"],
+        "state": " ".join([status["state"], *([f"({phase})"] if phase else [])]),
         "reason": status["reason"],
         "attempt": str(status["attempt"]) if status.get("attempt", 1) > 1 else "",
         "rounds": rounds(status),
         "fits": _fits(status),
         "failing": _failing(status),
+        "checkpoint": _checkpoint(paths, status),
         "metrics": words.summary(status.get("metrics") or {}),
         "ETA": "" if eta is None else words.duration(eta),
         "run folder": str(paths.root),
@@ -140,6 +142,20 @@ def _failing(status: dict[str, Any]) -> str:
     """Return the clients that fail again and again."""
     found = status.get("failing")
     return "\n".join(map(str, found)) if isinstance(found, list) else ""
+
+
+def _checkpoint(paths: RunPaths, status: dict[str, Any]) -> str:
+    """Return where the run would go on, and how to make it do so if it will not by itself."""
+    if status["state"] == "finished":
+        return ""
+    if why := status.get("begins_anew"):
+        return f"none, a lost server begins at round 1 again: {why}"
+    if (done := status.get("checkpoint")) is None:
+        return ""
+    text = f"after round {done}"
+    if status["state"] in run_state.ENDED:
+        text += f"; to go on: fedhpc submit --resume {paths.root}"
+    return text
 
 
 def _waiting(status: dict[str, Any]) -> str:

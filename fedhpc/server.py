@@ -14,8 +14,17 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from fedhpc import config, environment, files, logging_setup, network, rendezvous, run_state
-from fedhpc.cluster import entries, slurm, submission
+from fedhpc import (
+    config,
+    environment,
+    files,
+    logging_setup,
+    network,
+    rendezvous,
+    requeue,
+    run_state,
+)
+from fedhpc.cluster import entries
 from fedhpc.errors import FedHPCError, PlatformError, RunError, Superseded
 from fedhpc.federation import apps, certificates, compat, dispatch, fit, plain
 from fedhpc.federation.checkpoint import CheckpointStore
@@ -29,12 +38,14 @@ from fedhpc.federation.states import ClientStates
 from fedhpc.federation.transport import Transport
 from fedhpc.oversight import ClientArray
 from fedhpc.paths import RunPaths, latest_attempt, open_run_folder
+from fedhpc.requeue import Fate
 
 logger = logging.getLogger(__name__)
 
 _STATUS_S = 0.5
 _STATUS_AGAIN_S = 5.0  # also where nothing is new: somebody may have written something else
 _LAST_WRITE_S = 4.0
+_SIGNAL_S = 0.3
 _KILLED_BY_SIGNAL = 128
 
 
@@ -43,7 +54,7 @@ class _Stop(BaseException):
 
     def __init__(self, signum: int) -> None:
         self.signum = signum
-        self.requeue = False
+        self.fate: Fate | None = None
         super().__init__(signal.Signals(signum).name)
 
 
@@ -100,6 +111,7 @@ class Server:
     def _run(self) -> int:
         run_state.register_process(self._paths, "server", self._environment.job_id)
         try:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGUSR2})
             with self._reporting():
                 if self._attempt > 1:
                     self._go_on()
@@ -109,13 +121,14 @@ class Server:
                     with self._links_open() as transport:
                         self._run_app(transport)
         except _Stop as stop:
-            if stop.requeue:
-                return self._leave_for_next_attempt(stop)
+            fate = stop.fate or self._foresee(stop.signum)
+            if fate.returns:
+                return self._leave_for_next_attempt(fate)
             if stop.signum == signal.SIGUSR2:
-                why = "the server's time limit (cluster.time_min) is near, or it is preempted"
-                return self._end("failed", why, PlatformError.exit_code)
+                why = f"{fate.reason}; to go on: fedhpc submit --resume {self._paths.root}"
+                return self._end("failed", f"server job: {why}", PlatformError.exit_code)
             code = _KILLED_BY_SIGNAL + stop.signum
-            return self._end("cancelled", f"the server was stopped by {stop}", code)
+            return self._end("cancelled", f"server job: {fate.reason}", code)
         except KeyboardInterrupt:  # the debug executor runs in a terminal
             return self._end("cancelled", "by Ctrl-C", _KILLED_BY_SIGNAL + signal.SIGINT)
         except SystemExit as error:
@@ -177,7 +190,8 @@ class Server:
             yield links
             phase = "finished"
         except _Stop as stop:
-            goes_on = stop.requeue = self._will_start_again(stop)
+            stop.fate = self._foresee(stop.signum)
+            goes_on = stop.fate.returns
             raise
         finally:
             superseded = self._is_superseded()
@@ -211,7 +225,13 @@ class Server:
         spec = apps.locate(self._config, self._paths)
         app = apps.load_server(spec)
         try:
-            app(grid, apps.server_context(spec, self._paths.run_id))
+            try:
+                app(grid, apps.server_context(spec, self._paths.run_id))
+            except Exception:
+                # A signal to the whole job may end a child of ours first, and that is no error of
+                # the app: then it is here in a moment.
+                time.sleep(_SIGNAL_S)
+                raise
         except BaseException:
             with contextlib.suppress(PlatformError):  # there is an error already
                 self._checkpoints.close(_LAST_WRITE_S)
@@ -285,64 +305,54 @@ class Server:
         except (PlatformError, OSError) as error:
             logger.error("the run has %s, but status.json does not say so: %s", state, error)
             code = code or PlatformError.exit_code
-        self._end_pending_clients()
+        self._clients.end_pending()
         return code
 
-    def _will_start_again(self, stop: _Stop) -> bool:
-        """Return whether the server job goes back into the queue instead of ending the run."""
-        if self._config.cluster.executor != "slurm" or self._is_superseded():
-            return False
-        if stop.signum == signal.SIGTERM:  # a cancelled job, or one that Slurm queues again itself
-            try:
-                return slurm.restarts(self._environment.job_id) > self._environment.restarts
-            except PlatformError as error:
-                logger.warning("why the server is stopped is not known: %s", error.message)
-                return False
-        if self._attempt > self._config.cluster.max_requeues:
-            return False
-        if self._links and self._links.array_tasks():
-            return not self._rounds.why_not()
-        return self._clients.pending()  # nothing is lost by another attempt
+    def _foresee(self, signum: int) -> Fate:
+        """Return whether the server job starts again after a signal, instead of ending the run."""
+        cluster = self._config.cluster
+        if self._is_superseded() or cluster.executor != "slurm":
+            return requeue.stays_away(signum)
+        fate = requeue.foresee(signum, self._environment, cluster.max_requeues)
+        if fate.returns and fate.by_itself and (why := self._why_not_again()):
+            return Fate(False, False, f"{fate.reason}; {why}")
+        return fate
 
-    def _leave_for_next_attempt(self, stop: _Stop) -> int:
+    def _has_begun(self) -> bool:
+        """Return whether array tasks have been given work in this attempt."""
+        return bool(self._recorder.has_sent and self._links and self._links.array_tasks())
+
+    def _why_not_again(self) -> str:
+        """Return why there is no point in another attempt; "" if there is."""
+        if self._has_begun():
+            why = self._rounds.why_not()
+            return f"it would begin at round 1 again: {why}" if why else ""
+        return "" if self._clients.exists() else f"no array task is left{self._clients.said()}"
+
+    def _leave_for_next_attempt(self, fate: Fate) -> int:
         """Say that the server job is in the queue again, and put it there if Slurm has not."""
-        last = self._checkpoints.last_round or 0
-        if stop.signum == signal.SIGTERM:
-            reason = f"Slurm has queued the server job again; it will go on at round {last + 1}"
-        else:
-            why = "the server's time limit (cluster.time_min) is near, or it is preempted"
-            if not (self._links and self._links.array_tasks()):
-                why = "the client array was still pending near the server's time limit"
-                why += self._clients.said()
-            reason = (
-                f"{why}; the server job is queued again (attempt {self._attempt + 1} of at most"
-                f" {self._config.cluster.max_requeues + 1}) and will go on at round {last + 1}"
-            )
+        status = self._status()
+        done = 0 if status["begins_anew"] else status["checkpoint"] or 0
+        why = fate.reason
+        if not self._has_begun():
+            why += ", and no work has begun" + self._clients.said()
+        reason = f"server job: {why}; its next attempt goes on at round {done + 1}"
         logger.warning("%s", reason)
         try:
             run_state.write(
-                self._paths, "pending", reason, patience_s=_LAST_WRITE_S, attempt=self._attempt
-            )
+                self._paths, "pending", reason, patience_s=_LAST_WRITE_S, phase="requeueing",
+                **status,
+            )  # fmt: skip
         except Superseded:
             raise
         except PlatformError as error:  # Slurm knows it too
             logger.warning("%s", error)
-        if stop.signum == signal.SIGUSR2:
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's, on the way to the queue
+        if fate.by_itself:
             try:
-                slurm.control("requeue", self._environment.job_id)
+                requeue.queue_again(self._environment.job_id)
             except PlatformError as error:
                 return self._end("failed", f"{reason}, but: {error.message}", error.exit_code)
         return 0
-
-    def _end_pending_clients(self) -> None:
-        """Take array tasks that have not started out of the queue: there is nothing for them."""
-        jobs = submission.read(self._paths)
-        if jobs is not None and jobs.executor == "slurm" and jobs.clients:
-            try:
-                slurm.cancel({job_id.split("_")[0] for job_id in jobs.clients}, pending_only=True)
-            except PlatformError as error:
-                logger.warning("pending array tasks could not be cancelled: %s", error.message)
 
     def _supersede(self) -> None:
         """Leave, whatever the app is doing; called from other threads."""

@@ -26,6 +26,8 @@ def call(reference: str, *arguments: Any) -> None:
     """Import ``module:function`` and call it."""
     # submitit ignores SIGTERM: while the imports last, which may take long, a job can be ended.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    # Slurm warns once: who is called unblocks this when it knows what to do about it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     module, _, name = reference.partition(":")
     getattr(importlib.import_module(module), name)(*arguments)
 

@@ -20,6 +20,12 @@ from fedhpc.errors import SubmissionError
 from fedhpc.paths import RunPaths
 
 _WARNING_S = 90  # between USR2 and the time limit; less where the job is short
+# srun says 137 for kill -9; Slurm queues no job again for that. In slurm/*.sbatch too.
+_UNLESS_KILLED = (
+    "trap 'code=$?; [ $code -ne 137 ] || [ ${{SLURM_RESTART_COUNT:-0}} -ge {max_requeues} ]"
+    ' || [ "$(squeue -h -j $SLURM_JOB_ID -o %T)" != RUNNING ]'
+    " || scontrol requeue $SLURM_JOB_ID; exit $code' EXIT"
+)
 
 
 class _Executor(submitit.SlurmExecutor):
@@ -200,6 +206,9 @@ def _setup(config: Config, paths: RunPaths, given: dict[str, Any]) -> list[str]:
     lines = [f"export {name}={value}" for name, value in entries.JOB_ENV.items()]
     if "export" in given:
         lines.append("export SLURM_EXPORT_ENV=ALL")  # else srun would drop what these lines set
+    if given.get("requeue"):
+        lines.append("# Killed, e.g. for want of memory, and not cancelled: once more")
+        lines.append(_UNLESS_KILLED.format(max_requeues=config.cluster.max_requeues))
     return [*lines, *config.cluster.setup, *entries.export_lines(config, paths)]
 
 

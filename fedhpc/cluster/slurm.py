@@ -221,17 +221,29 @@ def cancel_by_name(names: Iterable[str]) -> None:
         _run(["scancel", f"--user={os.getuid()}", f"--name={name}"], _RETRY_S)
 
 
-def restarts(job_id: str) -> int:
-    """Return how often Slurm has queued a job again, counted from the moment it decided to.
+def details(job_id: str, timeout_s: float) -> dict[str, str]:
+    """Return what the controller knows of a job that it has not forgotten, asking once.
+
+    Parameters
+    ----------
+    job_id : str
+        Of a job, or of an element of a job array.
+    timeout_s : float
+        How long to wait for the answer.
+
+    Returns
+    -------
+    dict
+        The words of ``scontrol show job``: JobState, Restarts, PreemptTime, ...
 
     Raises
     ------
     PlatformError
         If Slurm did not answer.
     """
-    done = _run(["scontrol", "show", "job", "--oneliner", job_id], 0.0)
-    match = re.search(r"\bRestarts=(\d+)", done.stdout)
-    return int(match[1]) if match else 0
+    command = ["scontrol", "show", "job", "--oneliner", job_id]
+    done = _run_once(command, timeout_s=timeout_s)
+    return dict(re.findall(r"(\w+)=(\S+)", done.stdout))
 
 
 def control(*arguments: str) -> None:
@@ -266,15 +278,19 @@ def _run(
 
 
 def _run_once(
-    command: Sequence[str], tolerate: str | None = None, env: dict[str, str] | None = None
+    command: Sequence[str],
+    tolerate: str | None = None,
+    env: dict[str, str] | None = None,
+    timeout_s: float | None = None,
 ) -> subprocess.CompletedProcess[str]:
     line = " ".join(command)
+    timeout_s = timeout_s or _CALL_TIMEOUT_S
     try:
         done = subprocess.run(
             command,
             capture_output=True,
             text=True,
-            timeout=_CALL_TIMEOUT_S,
+            timeout=timeout_s,
             check=False,
             env=env or environment.for_new_jobs(),
             start_new_session=True,  # a Ctrl-C in the terminal is ours to handle
@@ -289,7 +305,7 @@ def _run_once(
         raise PlatformError(f"'{line}' could not be run: {error.strerror}") from error
     except subprocess.TimeoutExpired:
         raise SlurmDoesNotAnswer(
-            f"'{line}' gave no answer within {_CALL_TIMEOUT_S:.0f} s", "is slurmctld up?"
+            f"'{line}' gave no answer within {timeout_s:.0f} s", "is slurmctld up?"
         ) from None
     if done.returncode == 0 or (tolerate and tolerate in done.stderr):
         return done

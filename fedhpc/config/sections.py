@@ -321,7 +321,8 @@ class Cluster(JobOptions):
     pending_timeout_min: Number = Field(
         1440,
         gt=0,
-        description="how long the server waits for a client array that is queued, in minutes",
+        description="how long the server waits for a client array that is queued (and `submit`,"
+        " while it follows, for a queued server job), in minutes",
     )
     reattach_timeout_min: Number = Field(
         5,
@@ -330,7 +331,7 @@ class Cluster(JobOptions):
         " minutes, before it gives its node back",
     )
     max_requeues: Count = Field(
-        5, description="how often the server job puts itself into the queue again"
+        5, description="how often a job of the run puts itself into the queue again"
     )
     interface: StrictStr | None = Field(
         None, description="network interface (or address) that the server listens on"

@@ -66,6 +66,9 @@ class ForkServer:
         """Serve until the array task closes its end."""
         self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+        # Slurm sends it to all processes of a job; what it means is the array task's to say, and
+        # children go on until then.
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)
         # An import may take long: look now and then whether anybody waits for it.
         signal.signal(signal.SIGALRM, lambda *_: os._exit(1) if self._abandoned() else None)
         signal.setitimer(signal.ITIMER_REAL, 1, 1)

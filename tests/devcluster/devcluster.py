@@ -61,6 +61,7 @@ PreemptMode=REQUEUE
 NodeName=n[1-4] NodeAddr=10.77.0.[1-4] CPUs=8 RealMemory=20000 Gres=gpu:2
 PartitionName=gpu Nodes=ALL Default=YES PriorityTier=10 PreemptMode=OFF
 PartitionName=preempt Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE
+PartitionName=grace Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=60
 """
 ACCOUNTING_CONF = "AccountingStorageType=accounting_storage/slurmdbd\n"
 ACCOUNTING_CONF += f"AccountingStorageHost={BRIDGE_ADDRESS}\n"

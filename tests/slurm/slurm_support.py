@@ -1,10 +1,11 @@
 """What the tests on a real Slurm share."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,19 @@ class Cluster:
             [*self._command, *arguments], capture_output=True, text=True, timeout=90, check=False
         )
         assert done.returncode == 0, done.stdout + done.stderr
+
+    @contextlib.contextmanager
+    def configured(self, line: str) -> Iterator[None]:
+        """Add a line to slurm.conf for a while."""
+        conf = Path(os.environ["SLURM_CONF"])
+        before = conf.read_text()
+        try:
+            conf.write_text(f"{before}{line}\n")
+            subprocess.run(["scontrol", "reconfigure"], timeout=60, check=True)
+            yield
+        finally:
+            conf.write_text(before)
+            subprocess.run(["scontrol", "reconfigure"], timeout=60, check=True)
 
     def all_nodes_up(self) -> None:
         """Bring back the nodes that a test took down."""

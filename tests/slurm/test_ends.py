@@ -17,7 +17,7 @@ from slurm_support import (
     seconds_until,
     states_of,
 )
-from support import REPOSITORY, Run, eventually
+from support import REPOSITORY, eventually
 
 from fedhpc import run_state
 from fedhpc.files import read_lines
@@ -57,7 +57,9 @@ def test_cancel_empties_the_queue_within_10_seconds(submitter: SlurmSubmitter) -
 def test_a_killed_server_of_a_detached_run_takes_everything_with_it(
     submitter: SlurmSubmitter,
 ) -> None:
-    paths = submitter.detach([*FOREVER, "cluster.array_tasks=6", "cluster.max_parallel=2"])
+    paths = submitter.detach(
+        [*FOREVER, "cluster.array_tasks=6", "cluster.max_parallel=2", "cluster.max_requeues=0"]
+    )
     until_rounds(paths)
     os.kill(run_state.record(paths, "server")["pid"], signal.SIGKILL)
     eventually(lambda: jobs_of(paths)["server"].ended, 30)
@@ -142,7 +144,9 @@ def test_a_refused_client_array_takes_the_server_job_with_it(
 
 
 def test_a_run_at_its_time_limit_says_so(submitter: SlurmSubmitter) -> None:
-    paths = submitter.detach([*FOREVER, "cluster.time_min=1", "cluster.array_tasks=2"])
+    paths = submitter.detach(
+        [*FOREVER, "cluster.time_min=1", "cluster.array_tasks=2", "cluster.max_requeues=0"]
+    )
     eventually(lambda: state(paths) in run_state.ENDED, 120)
     assert state(paths) == "failed"
     assert "time limit" in run_state.read(paths)["reason"]
@@ -155,7 +159,7 @@ def test_a_server_whose_clients_still_wait_near_its_time_limit_queues_again(
     paths = submitter.detach(
         ["cluster.server={time_min: 1}", "cluster.clients={extra: {begin: now+75}}"]
     )
-    eventually(lambda: "queued again" in run_state.read(paths)["reason"], 90)
+    eventually(lambda: "no work has begun" in run_state.read(paths)["reason"], 90)
     assert "PENDING (BeginTime)" in run_state.read(paths)["reason"]
     # Slurm may send its warning up to a minute early, which is all of this limit.
     more_time = ["scontrol", "update", f"JobId={jobs_of(paths)['server'].job_id}", "TimeLimit=10"]
@@ -172,23 +176,6 @@ def test_a_finished_run_is_gone_within_10_seconds(submitter: SlurmSubmitter) -> 
     assert not paths.secrets.exists()
 
 
-def test_a_server_that_slurm_queues_again_begins_again_with_the_array_tasks_that_wait(
-    submitter: SlurmSubmitter, long_reference: Run
-) -> None:
-    paths = submitter.detach([*LONG, "cluster.array_tasks=2"])
-    until_rounds(paths, 3)
-    server = jobs_of(paths)["server"].job_id
-    subprocess.run(["scontrol", "requeue", server], check=True, timeout=30)
-    eventually(lambda: "queued the server job again" in run_state.read(paths)["reason"], 20)
-    assert state(paths) == "pending"
-    eventually(lambda: state(paths) in run_state.ENDED, 150)
-    assert Run(paths, 0, "").checksum == long_reference.checksum
-    assert run_state.read(paths)["attempt"] == 2
-    # The array tasks were there all the time.
-    eventually(lambda: all_ended(paths), 20)
-    assert states_of(paths) == dict.fromkeys(("server", "client-0", "client-1"), "COMPLETED")
-
-
 def test_a_run_that_has_finished_stays_so_when_its_server_is_queued_again(
     submitter: SlurmSubmitter,
 ) -> None:
@@ -201,23 +188,6 @@ def test_a_run_that_has_finished_stays_so_when_its_server_is_queued_again(
     eventually(lambda: not jobs_of(paths)["server"].ended, 20)
     eventually(lambda: all_ended(paths), 60)
     assert paths.status.read_text() == before
-
-
-def test_a_preempted_server_begins_again(
-    submitter: SlurmSubmitter, long_reference: Run, tmp_path: Path
-) -> None:
-    paths = submitter.detach(
-        [*LONG, "cluster.slurm_partition=preempt", "cluster.server={nodelist: n4}",
-         "cluster.clients={nodelist: n3}"]
-    )  # fmt: skip
-    until_rounds(paths, 3)
-    # A job of the partition that may preempt takes the server's node.
-    command = ["sbatch", "--wait", "--partition=gpu", "--exclusive", "--nodelist=n4",
-               f"--output={tmp_path}/log", "--wrap", "sleep 3"]  # fmt: skip
-    subprocess.run(command, check=True, timeout=120)
-    eventually(lambda: state(paths) in run_state.ENDED, 150)
-    assert Run(paths, 0, "").checksum == long_reference.checksum
-    assert run_state.read(paths)["attempt"] == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -59,7 +59,7 @@ def test_an_array_larger_than_the_cluster_finishes_and_leaves_nothing_pending(
     assert seconds_until(lambda: not submitter.queue(), 20) < 10
 
 
-def test_a_node_that_goes_down_in_the_middle_changes_nothing(
+def test_nodes_that_go_down_in_the_middle_change_nothing(
     submitter: SlurmSubmitter, cluster: Cluster, long_reference: Run
 ) -> None:
     process = submitter.start(
@@ -72,6 +72,10 @@ def test_a_node_that_goes_down_in_the_middle_changes_nothing(
     hosts = {fit["host"] for fit in read_lines(paths.fits)}
     assert len(hosts) == 2
     cluster.do("node-down", min(hosts))
+    eventually(lambda: len(list(read_lines(paths.metrics))) > 10, 60)
+    cluster.do("node-down", "n1", "--tell")  # the server's
+    eventually(lambda: jobs_of(paths)["server"].pending, 20)
+    cluster.do("node-up", "n1")
     output, _ = process.communicate(timeout=150)
     assert process.returncode == 0, output
     assert run_state.read(paths)["model_sha256"] == long_reference.checksum
@@ -124,22 +128,6 @@ def test_the_sbatch_templates_end_in_the_same_model(
     assert {fit["array_task"] for fit in run.fits} == {0, 1}
     eventually(lambda: all_ended(paths), 10)
     assert set(jobs_of(paths)) == {"server", "client-0", "client-1"}
-
-
-def test_one_allocation_ends_in_the_same_model(
-    submitter: SlurmSubmitter, reference: Run, tmp_path: Path
-) -> None:
-    done = subprocess.run(
-        ["sbatch", "--wait", "--ntasks=3", "--ntasks-per-node=1", "--cpus-per-task=2", "--time=5",
-         f"--output={tmp_path}/job.log", "slurm/one-allocation.sbatch", str(DIGITS),
-         *submitter.options()],
-        env=submitter.environment(),
-        capture_output=True, text=True, timeout=150, check=False, cwd=REPOSITORY,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr + (tmp_path / "job.log").read_text()
-    run = Run(submitter.newest(), 0, "")
-    assert run.checksum == reference.checksum
-    assert len(hosts_of(run)) == 3
 
 
 def test_an_array_task_gives_its_node_back_while_its_server_waits_in_the_queue(

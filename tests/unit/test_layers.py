@@ -31,6 +31,7 @@ LAYERS = {
         "fedhpc.cluster",
         "fedhpc.inspection",
         "fedhpc.oversight",
+        "fedhpc.requeue",
         "fedhpc.server",
         "fedhpc.held",
         "fedhpc.fits",
