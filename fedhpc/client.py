@@ -201,7 +201,8 @@ class ArrayTask:
         self._stopped.set()
         link = self._link  # one look: the main thread may forget it meanwhile
         if link is not None:
-            threading.Thread(target=link.close, daemon=True).start()
+            reason = "it has to leave" if signum is None else signal.Signals(signum).name
+            threading.Thread(target=link.leave, args=(reason,), daemon=True).start()
 
     def _serve(self, found: rendezvous.Rendezvous, fits: Fits, pool: ChildPool) -> bool:
         """Serve one server; return whether the run ended.

@@ -240,8 +240,10 @@ class Dispatch:
             self._links[link].assigned.discard(message_id)
             self._take_away(link, self._links[link], message_id, reason, blame=True)
 
-    def leave(self, link: int, now_s: float, reason: str = "its stream broke") -> None:
-        """Note that a link is gone.
+    def leave(
+        self, link: int, now_s: float, reason: str = "its stream broke", *, blame: bool = True
+    ) -> None:
+        """Note that a link is gone; its fits may be to ``blame``, unless it said goodbye.
 
         Soon after we were stalled ourselves it is not to blame: it will have found us silent. Then
         no work is given out until it is back, for up to the liveness timeout, so that others do
@@ -252,7 +254,7 @@ class Dispatch:
             patient = now_s < self._patient_until_s
             if patient:
                 self._awaited.add(self._links[link].array_task)
-            self._lose(link, reason, blame=not patient)
+            self._lose(link, reason, blame=blame and not patient)
 
     def heard(self, link: int, now_s: float) -> None:
         """Note a sign of life."""

@@ -23,6 +23,8 @@ OPTIONS: list[tuple[str, int | str]] = [
     ("grpc.enable_http_proxy", 0),  # many sites set http_proxy, which knows no compute node
 ]
 
+_GOODBYE_S = 1.0
+
 Event = grid_pb2.FromArrayTask
 
 
@@ -82,6 +84,7 @@ class LinkClient:
         )
         self._heard_s = time.monotonic()
         self._closed = threading.Event()
+        self._ended = threading.Event()
         self._call = connect(self._requests(), wait_for_ready=False)
         threading.Thread(target=self._keep_alive, name="heartbeat", daemon=True).start()
 
@@ -109,10 +112,19 @@ class LinkClient:
             if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
                 raise LinkRefused(f"the server refuses: {error.details()}") from error
             raise PlatformError(f"link to the server at {self.address}: {found}") from error
+        finally:
+            self._ended.set()
 
     def send(self, events: Iterable[Event]) -> None:
         """Queue messages; they are made when the stream has room for them."""
         self._outgoing.put(iter(events))
+
+    def leave(self, reason: str) -> None:
+        """Say goodbye, so that no fit is blamed for the end of the stream, and end it."""
+        goodbye = grid_pb2.Goodbye(reason=reason)
+        self._outgoing.put(iter([Event(goodbye=goodbye)]))
+        self._ended.wait(_GOODBYE_S)
+        self.close()
 
     def close(self) -> None:
         """End the stream."""

@@ -303,8 +303,9 @@ class LinkServer:
             del self._peers[peer.number]
             if not self._peers:
                 self._lonely_since_s = time.monotonic()
-            logger.info("array task %d is gone: %s", hello.array_task, reason)
-            self._machine.leave(peer.number, time.monotonic(), reason)
+            logger.info("array task %d is gone: %s", hello.array_task, peer.goodbye or reason)
+            blame = not peer.goodbye
+            self._machine.leave(peer.number, time.monotonic(), peer.goodbye or reason, blame=blame)
             self._act()
             for waits in self._pinned_to(hello.array_task):
                 logger.warning("array task %d: %s", hello.array_task, waits)
@@ -329,6 +330,9 @@ class LinkServer:
                 logger.warning("array task %d: %s", peer.hello.array_task, back.reason)
                 self._machine.hand_back(peer.number, back.message_id, back.reason)
                 self._act()
+            elif event.HasField("goodbye"):
+                peer.goodbye = event.goodbye.reason
+                return
 
     async def _write(self, peer: Peer, context: _Context) -> None:
         while (event := await peer.outgoing.get()) is not None:

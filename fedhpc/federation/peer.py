@@ -26,6 +26,8 @@ class Peer:
         Digests of the blobs that it has.
     waiting : list of str
         What its fits wait for, in words.
+    goodbye : str
+        Why it leaves, once it has said so.
     dropped : asyncio.Future
         Done with the reason when the link is to be closed.
     """
@@ -36,6 +38,7 @@ class Peer:
     outgoing: asyncio.Queue[grid_pb2.ToArrayTask | None] = field(default_factory=asyncio.Queue)
     sent: set[str] = field(default_factory=set)
     waiting: list[str] = field(default_factory=list)
+    goodbye: str = ""
     dropped: asyncio.Future[str] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )

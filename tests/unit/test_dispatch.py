@@ -271,6 +271,18 @@ def test_an_array_task_that_connects_again_is_not_blamed_for_its_messages() -> N
     assert dispatch.answered(5, "a")
 
 
+def test_an_array_task_that_said_goodbye_is_not_blamed_for_its_messages() -> None:
+    dispatch = machine(1, max_losses=1)
+    dispatch.submit("a", 0)
+    for link in range(1, 6):
+        dispatch.join(link, 0, 1, {}, 0.0)
+        assert assigned(dispatch.actions()) == [(link, "a")]
+        dispatch.leave(link, 0.0, "SIGTERM", blame=False)
+        assert dispatch.actions() == [Drop(link, "SIGTERM")]
+    dispatch.join(6, 0, 1, {}, 0.0)
+    assert assigned(dispatch.actions()) == [(6, "a")]
+
+
 def test_a_message_with_a_second_array_task_is_not_failed_by_the_loss_of_the_first() -> None:
     dispatch = connected(2, max_losses=1)
     dispatch.submit("a", 0)
