@@ -370,7 +370,7 @@ def test_fits_that_wait_for_a_pinned_array_task_are_told(
         waits = ["3 fits wait until it is back (federation.placement: pinned)"]
         assert _eventually(lambda: service.links.array_tasks()[0]["waiting"] == waits)
     assert service.links.array_tasks()[1]["waiting"] == []
-        assert _eventually(lambda: f"array task 0: {waits[0]}" in caplog.text)
+    assert _eventually(lambda: f"array task 0: {waits[0]}" in caplog.text)
     service.client(0).next("work")
     assert service.links.array_tasks()[0]["waiting"] == []
     service.links.finish("over")
