@@ -13,6 +13,7 @@ import ctypes
 import os
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -181,6 +182,7 @@ def main() -> int:
         numbers = range(args.runs or 50) if args.only is None else [args.only]
         labels = [(f"{seed}/{i}", names) for i in numbers]
     survived = 0
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as a Ctrl-C: the run is ended too
     try:
         for label, chosen in labels:
             survived += chaos.undertake(label, draw(label, chosen, size, args.faults))

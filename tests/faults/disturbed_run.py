@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fault_schedule import Fault, Size
 from support import REPOSITORY, Run, Submitter, processes_of
 
-from fedhpc import inspection, run_state
+from fedhpc import cluster, inspection, run_state
 from fedhpc.cluster.entries import JOB_ENV
 from fedhpc.files import read_json, read_lines
 from fedhpc.paths import RunPaths, latest_attempt
@@ -355,6 +355,8 @@ class DisturbedRun:
                 self.output = self.follower.communicate(timeout=_GONE_S)[0]
         if not hasattr(self, "paths"):
             return problems
+        if run_state.read(self.paths)["state"] not in run_state.ENDED:  # on Slurm, or unfollowed
+            cluster.cancel(self.paths)
         if not _eventually(lambda: not self._processes(), _GONE_S):
             problems.append(f"processes left behind: {self._processes()}")
             for line in self._processes():

@@ -144,9 +144,10 @@ _CANCELLED: Sequence[str] = ("scancel",)
 KINDS = {
     kind.name: kind
     for kind in (
-        Kind("element-cancelled", "scancel of an array task", _to_array_task(*_CANCELLED)),
+        Kind("element-cancelled", "scancel of an array task", _to_array_task(*_CANCELLED),
+             "perhaps", ("failed", 75)),
         Kind("element-signalled", "scancel --signal=KILL of an array task",
-             _to_array_task("scancel", _KILL)),
+             _to_array_task("scancel", _KILL), "perhaps", ("failed", 75)),
         Kind("element-requeued", "scontrol requeue of an array task",
              _to_array_task("scontrol", "requeue")),
         Kind("server-requeued", "scontrol requeue of the server job",
