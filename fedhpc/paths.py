@@ -187,6 +187,11 @@ class RunPaths:
         name = hashlib.sha256(record.encode()).hexdigest()[:16]  # a record may have any name
         return self.states / f"{client_id:06d}-{name}-{digest}.safetensors"
 
+    @staticmethod
+    def digest_of_state(name: str) -> str:
+        """Return the digest in the name of such a file."""
+        return name.rpartition("-")[2].partition(".")[0]
+
     def checkpoint(self, server_round: int) -> Path:
         """Return the folder of the checkpoint after a round."""
         return self.checkpoints / f"round-{server_round:05d}"

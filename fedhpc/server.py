@@ -17,7 +17,7 @@ from fedhpc import config, environment, files, logging_setup, network, rendezvou
 from fedhpc.cluster import entries, slurm, submission
 from fedhpc.errors import FedHPCError, PlatformError, RunError
 from fedhpc.federation import apps, certificates, compat, dispatch, fit, plain
-from fedhpc.federation.checkpoint import Checkpoint, CheckpointStore
+from fedhpc.federation.checkpoint import CheckpointStore
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.inprocess import InProcess
 from fedhpc.federation.link_server import LinkOptions, LinkServer
@@ -67,19 +67,18 @@ class Server:
         self._attempt = _claim_attempt(paths)
         settings = self._config.checkpoint
         self._checkpoints = CheckpointStore(paths, settings, self._attempt)
-        found = self._checkpoints.load_newest() if self._attempt > 1 else None
-        if self._attempt > 1:
-            self._forget_what_followed(found)
-        self._rounds = Rounds(self._checkpoints, settings.every, found)
+        self._rounds = Rounds(self._checkpoints, settings.every)
         self._clients = ClientArray(paths, self._config.cluster)
         self._superseded = threading.Event()
         self._links: LinkServer | None = None
 
-    def _forget_what_followed(self, found: Checkpoint | None) -> None:
-        """Take the records back to where this attempt goes on: at a checkpoint, or at round 1."""
+    def _go_on(self) -> None:
+        """Go on where the last attempt was: after its newest checkpoint, or at round 1."""
+        found = self._checkpoints.load_newest()
         self._paths.model.unlink(missing_ok=True)
         if found is not None:
             self._recorder.go_on_from(plain.decode(found.parts["records"]))
+            self._rounds.go_on_from(found)
         else:
             self._paths.metrics.unlink(missing_ok=True)
             self._paths.fits.unlink(missing_ok=True)
@@ -89,6 +88,8 @@ class Server:
         run_state.register_process(self._paths, "server", self._environment.job_id)
         try:
             with self._reporting():
+                if self._attempt > 1:
+                    self._go_on()
                 if self._config.cluster.executor == "debug":
                     self._run_app(InProcess(fit.load(str(self._paths.root))))
                 else:

@@ -8,6 +8,7 @@ SHA256SUMS, which ``sha256sum -c`` reads too. Nothing in it is a pickle.
 import hashlib
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -21,6 +22,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord
 
+from fedhpc import files
 from fedhpc.config import Checkpoints as Settings
 from fedhpc.errors import CheckpointError, PlatformError
 from fedhpc.federation import compat, plain
@@ -105,22 +107,23 @@ class CheckpointStore:
         """
         problems = []
         newest: Checkpoint | None = None
-        for server_round in sorted(self._rounds(), reverse=True):
+        for server_round in reversed(rounds_of(self._paths)):
+            if newest is not None:
+                self._note(server_round, *_glance(self._paths.checkpoint(server_round)))
+                continue
             try:
-                found = read(self._paths, server_round)
+                newest = read(self._paths, server_round)
             except CheckpointError as error:
                 problems.append(error.message)
                 logger.error("%s; the checkpoint before it is used", error.message)
                 continue
-            newest = newest or found
-            self._note(found)
+            self._note(server_round, newest.state_files, newest.metrics)
+            self._written_round = server_round
         if newest is None and problems:
             raise CheckpointError(
                 f"wanted a checkpoint to go on from, found only damaged ones: {problems[0]}",
                 f"remove {self._paths.checkpoints} to begin at round 1 again",
             )
-        if newest is not None:
-            self._written_round = newest.server_round
         return newest
 
     def refers_to(self, state_file: str) -> bool:
@@ -219,19 +222,19 @@ class CheckpointStore:
             _sync(self._paths.checkpoints)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-        self._note(checkpoint)
+        self._note(checkpoint.server_round, checkpoint.state_files, checkpoint.metrics)
         self._written_round = checkpoint.server_round
         self._prune(checkpoint.server_round)
 
-    def _note(self, checkpoint: Checkpoint) -> None:
+    def _note(
+        self, server_round: int, state_files: frozenset[str], metrics: dict[str, float]
+    ) -> None:
         with self._lock:
-            self._state_files[checkpoint.server_round] = checkpoint.state_files
-        value = checkpoint.metrics.get(self._settings.best_metric or "")
-        if value is None or value != value:
-            return
+            self._state_files[server_round] = state_files
+        value = metrics.get(self._settings.best_metric or "", math.nan)
         rank = value if self._settings.best_mode == "max" else -value
-        if self._best is None or rank > self._best[0]:
-            self._best = rank, checkpoint.server_round
+        if not math.isnan(rank) and (self._best is None or rank > self._best[0]):
+            self._best = rank, server_round
 
     def _prune(self, newest: int) -> None:
         """Remove what is neither among the last nor the best; those after ``newest`` are void."""
@@ -288,13 +291,24 @@ def read(paths: RunPaths, server_round: int) -> Checkpoint:
         skeleton = compat.records_from_bytes(plain.decode(parts.pop("skeleton")))
         arrays = decode_arrays(skeleton.array_records["arrays"], model)
         state_files = frozenset(value["state_files"])
-        if missing := [name for name in state_files if not (paths.states / name).is_file()]:
-            raise CheckpointError(f"{folder} is damaged: {paths.states / missing[0]} is missing")
+        for name in state_files:
+            if _sha256_of(paths.states / name) != RunPaths.digest_of_state(name):
+                raise CheckpointError(
+                    f"{folder} is damaged: {paths.states / name} does not have its checksum"
+                )
         return Checkpoint(value["round"], arrays, parts, state_files, value["metrics"])
     except OSError as error:
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     except (ValueError, KeyError, TypeError) as error:  # the sums are right: another program's
         raise CheckpointError(f"{folder} is not a checkpoint: {error!r}") from error
+
+
+def _glance(folder: Path) -> tuple[frozenset[str], dict[str, float]]:
+    """Return which files a checkpoint refers to, and its metrics, as far as it can be read."""
+    value = files.read_json(folder / _REST)
+    if not isinstance(value, dict):
+        return frozenset(), {}
+    return frozenset(value.get("state_files", ())), dict(value.get("metrics", {}))
 
 
 def _write_files(folder: Path, checkpoint: Checkpoint) -> None:
@@ -353,6 +367,11 @@ def _sha256(parts: Sequence[BytesLike]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

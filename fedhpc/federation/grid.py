@@ -79,13 +79,7 @@ class HpcGrid(Grid):
         return {"states": states, "sequences": sequences}, files
 
     def restore(self, captured: dict[str, Any]) -> None:
-        """Go on from what `capture` returned.
-
-        Raises
-        ------
-        CheckpointError
-            If a file of it is damaged.
-        """
+        """Go on from what `capture` returned."""
         self._states.restore(captured["states"])
         self._sequences |= Counter(captured["sequences"])
 

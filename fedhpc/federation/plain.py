@@ -4,12 +4,11 @@ Numbers come back bit by bit, containers as the same type. What cannot be encode
 guessed at.
 """
 
-import io
 import random
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -102,9 +101,9 @@ def _encode_bulk(value: Any, buffers: list[BytesLike]) -> Any:
         types = [value.dtype, value.stype]
         return {**add("flower_array", value.data), "types": types, "shape": list(value.shape)}
     if isinstance(value, np.generic):
-        return add("scalar", _npy(np.asarray(value)))
-    if type(value) is np.ndarray and not value.dtype.hasobject:
-        return add("array", _npy(value))
+        return _encode_array("scalar", np.asarray(value), buffers)
+    if type(value) is np.ndarray and not (value.dtype.hasobject or value.dtype.fields):
+        return _encode_array("array", value, buffers)
     if type(value) is random.Random:
         return {_TAG: "random", "state": _encode(value.getstate(), buffers)}
     if isinstance(value, np.random.Generator):
@@ -112,8 +111,17 @@ def _encode_bulk(value: Any, buffers: list[BytesLike]) -> Any:
     if isinstance(value, np.random.RandomState):
         return {_TAG: "random_state", "state": _encode(value.get_state(legacy=False), buffers)}
     if type(value).__module__ == "torch" and type(value).__name__ == "Tensor":
-        return add("tensor", _npy(value.detach().cpu().numpy()))
+        return _encode_array("tensor", value.detach().cpu().numpy(), buffers)
     raise CannotEncode(f"{type(value).__module__}.{type(value).__qualname__}")
+
+
+def _encode_array(kind: str, array: np.ndarray, buffers: list[BytesLike]) -> dict[str, Any]:
+    # The order in memory is kept too: sums over it depend on it in the last bits.
+    order: Literal["C", "F"] = "F" if array.flags.fnc else "C"
+    buffers.append(array.tobytes(order))
+    descr = np.lib.format.dtype_to_descr(array.dtype)
+    index = len(buffers) - 1
+    return {_TAG: kind, "buffer": index, "dtype": descr, "shape": array.shape, "order": order}
 
 
 def _decode(plain: Any, buffers: list[BytesLike]) -> Any:
@@ -135,15 +143,17 @@ def _decode(plain: Any, buffers: list[BytesLike]) -> Any:
     if kind == "flower_array":
         dtype, stype = plain["types"]
         return Array(dtype, tuple(plain["shape"]), stype, data)
-    return _decode_bulk(kind, data)
-
-
-def _decode_bulk(kind: str, data: bytes) -> Any:
     if kind in ("bytes", "bytearray"):
         return data if kind == "bytes" else bytearray(data)
     if kind in _SMALL_RECORDS:
         return compat.records_from_bytes(data)[""]
-    array = np.load(io.BytesIO(data), allow_pickle=False)
+    return _decode_array(plain, data)
+
+
+def _decode_array(plain: dict[str, Any], data: bytes) -> Any:
+    kind = plain[_TAG]
+    dtype = np.lib.format.descr_to_dtype(plain["dtype"])
+    array = np.frombuffer(bytearray(data), dtype).reshape(plain["shape"], order=plain["order"])
     if kind == "scalar":
         return array[()]
     if kind == "tensor":
@@ -165,9 +175,3 @@ def _decode_generator(kind: str, state: Any) -> Any:
     bits: Any = getattr(np.random, state["bit_generator"])()
     bits.state = state
     return np.random.Generator(bits)
-
-
-def _npy(array: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    np.save(out, array, allow_pickle=False)
-    return out.getvalue()

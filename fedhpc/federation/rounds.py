@@ -33,8 +33,6 @@ class Rounds:
         Where checkpoints go.
     every : int
         Rounds between them; 0: none.
-    found : Checkpoint, optional
-        Where to go on.
 
     Attributes
     ----------
@@ -44,12 +42,16 @@ class Rounds:
         How often an app has called `start`.
     """
 
-    def __init__(self, store: CheckpointStore, every: int, found: Checkpoint | None = None) -> None:
+    def __init__(self, store: CheckpointStore, every: int) -> None:
         self._store = store
         self._every = every
-        self._found = found
+        self._found: Checkpoint | None = None
         self.final_arrays: ArrayRecord | None = None
         self.starts = 0
+
+    def go_on_from(self, found: Checkpoint) -> None:
+        """Let the first call of `start` go on from a checkpoint."""
+        self._found = found
 
     def why_not(self) -> str:
         """Return why this run could not go on from a checkpoint; "" if it can."""

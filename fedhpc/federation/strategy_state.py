@@ -93,6 +93,8 @@ class StrategyState:
 
 def _is_constant(value: object) -> bool:
     """Return whether a value is part of the program: a function, class, logger, lock, path, ..."""
+    if isinstance(value, list | tuple | dict | set | frozenset):
+        return False
     module = type(value).__module__.partition(".")[0]
     return isinstance(value, type) or module in sys.stdlib_module_names
 
