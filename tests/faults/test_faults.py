@@ -46,7 +46,7 @@ def test_more_faults_than_a_run_has_room_for_are_refused() -> None:
         at_moments(random.Random(0), "0", KINDS[:10], Size())
 
 
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(600)
 def test_300_fits_under_kills_of_every_process_and_two_resumes_end_in_the_same_model(
     tmp_path: Path,
 ) -> None:
