@@ -13,7 +13,7 @@ import typer
 from fedhpc import words
 from fedhpc.commandline import RUNS_DIR, Command, RunsDir, console, new_app
 from fedhpc.errors import ConfigError, PlatformError, RunError
-from fedhpc.paths import RunPaths, is_run_folder, run_folders
+from fedhpc.paths import RunPaths, created_s, is_run_folder, run_folders
 
 if TYPE_CHECKING:
     from fedhpc.inspection import Standing
@@ -70,8 +70,7 @@ def main(
     named = [_named(path) for path in dict.fromkeys(run_dirs or [])]
     runs = _ended(named or run_folders(runs_dir), refuse=bool(named))
     if older_than is not None:
-        limit_s = time.time() - older_than * _DAY_S
-        runs = [paths for paths in runs if paths.status.stat().st_mtime <= limit_s]
+        runs = [paths for paths in runs if _ended_days_ago(paths) >= older_than]
     wastes = [waste for paths in runs if any((waste := _waste(paths, whole=whole)).parts.values())]
     if not wastes:
         typer.echo("nothing to free")
@@ -84,6 +83,15 @@ def main(
         for path in (path for paths in waste.parts.values() for path in paths):
             _remove(path)
     typer.echo(f"freed {_mb(total)} MB")
+
+
+def _ended_days_ago(paths: RunPaths) -> float:
+    """Return for how long a run has ended; 0 if the clock of its disk is ahead of ours."""
+    try:
+        ended_s = paths.status.stat().st_mtime
+    except OSError:  # nobody could write it
+        ended_s = created_s(paths)
+    return max(0.0, time.time() - ended_s) / _DAY_S
 
 
 def _named(path: Path) -> RunPaths:

@@ -160,7 +160,10 @@ class ArrayTask:
     def _leave_without_server(self, error: ServerGone) -> None:
         """Say how the run ended, as its server cannot; take the rest of the array with us."""
         cancelled = error.job is not None and error.job.state == "CANCELLED"
-        inspection.settle(self._paths, error.message, cancelled=cancelled)
+        try:
+            inspection.settle(self._paths, error.message, cancelled=cancelled)
+        except PlatformError as problem:  # fedhpc status finds it out too
+            logger.warning("%s", problem)
         slurm.cancel([self._environment.job_id.split("_")[0]], pending_only=True)
 
     def _queue_behind_server(self, error: ServerQueued) -> int:
@@ -269,6 +272,9 @@ def run(run_dir: str, array_task: int | None = None) -> None:
     except FedHPCError as error:
         logger.error("%s", error)
         code = error.exit_code
+    except OSError:
+        logger.exception("the array task ends, as it could not read or write")
+        code = PlatformError.exit_code
     if code:
         sys.exit(code)
 

@@ -9,7 +9,8 @@ import click
 import typer
 from typer.core import TyperCommand
 
-from fedhpc.errors import ConfigError, FedHPCError
+from fedhpc.errors import ConfigError, FedHPCError, PlatformError
+from fedhpc.files import is_of_disk
 from fedhpc.paths import RunPaths, open_run_folder, run_folders
 
 _WIDE = 200  # of a table that no terminal limits
@@ -21,7 +22,7 @@ RUNS_DIR = Path("runs")
 
 
 class Command(TyperCommand):
-    """A command that a `FedHPCError` ends with a line on standard error and its exit code."""
+    """A command that an error of ours, or of the disk, ends with a line and its exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
@@ -30,6 +31,11 @@ class Command(TyperCommand):
         except FedHPCError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if not is_of_disk(error):
+                raise
+            typer.echo(f"error: {error}\n  Hint: the disk failed; try again", err=True)
+            raise typer.Exit(PlatformError.exit_code) from None
 
 
 def new_app() -> typer.Typer:

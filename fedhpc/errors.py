@@ -57,6 +57,10 @@ class RendezvousTimeout(PlatformError):
     """No live server published its address within the deadline."""
 
 
+class Superseded(PlatformError):
+    """A server with a higher attempt has come: this one leaves and writes nothing more."""
+
+
 class LinkRefused(PlatformError):
     """The server does not let this array task work, beside the others that it has."""
 

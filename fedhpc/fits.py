@@ -275,9 +275,11 @@ class Fits:
         except (GpuLost, FitCancelled):
             raise
         except FitFailed as error:
-            return _failure(work, slot, str(error), error.traceback, raised=True)
+            final = isinstance(error, FitOutOfMemory)  # it had a GPU for itself
+            return _failure(work, slot, str(error), error.traceback, raised=True, final=final)
         except FedHPCError as error:
-            return _failure(work, slot, str(error))
+            final = isinstance(error, FitKilled | ForkServerDied)  # it ran several times
+            return _failure(work, slot, str(error), final=final)
         except Exception as error:
             text = traceback.format_exc()
             return _failure(work, slot, f"{type(error).__name__}: {error}", text)
@@ -382,7 +384,7 @@ class Fits:
         try:
             for blob in work.blobs:
                 if blob.in_file:
-                    fds.append(self._open_file(blob))
+                    fds.append(files.open_whole(self._paths.blob(blob.digest), blob.size))
                 else:
                     with self._lock:
                         fds.append(os.dup(self._blobs[blob.digest]))
@@ -390,20 +392,6 @@ class Fits:
             channel.close_all(fds)
             raise PlatformError(f"the arrays of {work.message_id} are gone: {error}") from error
         return fds
-
-    def _open_file(self, blob: grid_pb2.Blob) -> int:
-        path = self._paths.blob(blob.digest)
-
-        def whole() -> bool:
-            files.refresh_directory(path.parent)
-            return path.exists() and path.stat().st_size == blob.size
-
-        if not files.wait_until(whole, 30):
-            raise PlatformError(
-                f"wanted {path} with {blob.size} bytes, did not see it within 30 s",
-                "is the run folder on a disk that this node sees?",
-            )
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _mb(bytes_: int | None) -> float | None:
@@ -427,12 +415,14 @@ def _as_message(reply: Reply, slot: Slot, queued_s: float) -> grid_pb2.Fit:
 
 
 def _failure(
-    work: grid_pb2.Work, slot: Slot, reason: str, text: str = "", *, raised: bool = False
+    work: grid_pb2.Work,
+    slot: Slot,
+    reason: str,
+    text: str = "",
+    *,
+    raised: bool = False,
+    final: bool = False,
 ) -> _Result:
-    return _Result(
-        grid_pb2.Result(
-            message_id=work.message_id,
-            failure=grid_pb2.Failure(reason=reason, traceback=text, raised=raised),
-            fit=grid_pb2.Fit(slot=slot.index),
-        )
-    )
+    failure = grid_pb2.Failure(reason=reason, traceback=text, raised=raised, final=final)
+    fit = grid_pb2.Fit(slot=slot.index)
+    return _Result(grid_pb2.Result(message_id=work.message_id, failure=failure, fit=fit))

@@ -1,5 +1,6 @@
 """How a run really stands: status.json, checked against its jobs and the server's heartbeat."""
 
+import logging
 import shutil
 import socket
 import time
@@ -13,10 +14,14 @@ from fedhpc.cluster import slurm, submission
 from fedhpc.cluster.slurm import Job
 from fedhpc.cluster.submission import Submission
 from fedhpc.errors import PlatformError
-from fedhpc.paths import RunPaths
+from fedhpc.paths import RunPaths, latest_attempt
+
+logger = logging.getLogger(__name__)
 
 _ASK_LOCAL_S = 1.0
 _ASK_SLURM_S = 5.0
+_STRANGE_S = 4 * rendezvous.BEAT_S
+_SILENT_S = files.PATIENCE_S + _STRANGE_S  # a server that has waited for its disk leaves by then
 _LAST_WORD_S = 3.0  # for a last status.json to be seen on a shared disk
 _ENDS = {
     "TIMEOUT": "it reached its time limit (cluster.time_min)",
@@ -131,7 +136,9 @@ class Watch:
         return self._standing
 
 
-def settle(paths: RunPaths, reason: str, *, cancelled: bool = False) -> None:
+def settle(
+    paths: RunPaths, reason: str, *, cancelled: bool = False, finished: bool = False
+) -> None:
     """Write how a run ended whose server can no longer do it, unless the server did after all."""
 
     def said() -> bool:
@@ -139,15 +146,24 @@ def settle(paths: RunPaths, reason: str, *, cancelled: bool = False) -> None:
         return run_state.read(paths)["state"] in run_state.ENDED
 
     if not files.wait_until(said, _LAST_WORD_S):
-        write_end(paths, reason, cancelled=cancelled)
+        write_end(paths, reason, cancelled=cancelled, finished=finished)
 
 
-def write_end(paths: RunPaths, reason: str, *, cancelled: bool = False) -> None:
-    """Write how a run ended, whatever its server said; for who has ended it."""
+def write_end(
+    paths: RunPaths, reason: str, *, cancelled: bool = False, finished: bool = False
+) -> None:
+    """Write how a run ended, whatever its server said; for who has ended it.
+
+    Raises
+    ------
+    PlatformError
+        If the disk refuses it; it is not waited for, as others look again.
+    """
     shutil.rmtree(paths.secrets, ignore_errors=True)
-    known = run_state.read(paths) | {"exit_code": 1}
+    known = run_state.read(paths) | {"exit_code": 0 if finished else 1}
     del known["state"], known["reason"]
-    run_state.write(paths, "cancelled" if cancelled else "failed", reason, **known)
+    state = _how(cancelled=cancelled, finished=finished)
+    run_state.write(paths, state, reason, patience_s=0.0, **known)
 
 
 def why_ended(job_id: str, role: str, job: Job | None) -> str:
@@ -187,12 +203,20 @@ def _check(paths: RunPaths, standing: Standing) -> None:
         _look_here(paths, jobs, standing)
     if not standing.ended and (reason := _why_gone(paths, jobs, standing)):
         cancelled = _state_of(standing, "server") == "CANCELLED"
+        finished = False
+        if (phase := _last_phase(paths)) in (
+            "finished",
+            "failed",
+        ):  # status.json it could not write
+            cancelled, finished = False, phase == "finished"
+            reason = f"so says its rendezvous; {reason}"
         try:
-            settle(paths, reason, cancelled=cancelled)
+            settle(paths, reason, cancelled=cancelled, finished=finished)
             standing.status = run_state.read(paths)
-        except PlatformError:  # somebody else's run
-            state = "cancelled" if cancelled else "failed"
-            standing.status = {**standing.status, "state": state, "reason": reason}
+        except PlatformError as error:  # somebody else's run, or the disk is full
+            state = _how(cancelled=cancelled, finished=finished)
+            code = 0 if finished else error.exit_code
+            standing.status |= {"state": state, "reason": reason, "exit_code": code}
 
 
 def _look_here(paths: RunPaths, jobs: Submission, standing: Standing) -> None:
@@ -226,18 +250,37 @@ def _why_gone(paths: RunPaths, jobs: Submission, standing: Standing) -> str | No
     return "the server process ended without a word"
 
 
+def _how(*, cancelled: bool, finished: bool) -> run_state.State:
+    return "finished" if finished else "cancelled" if cancelled else "failed"
+
+
+def _last_phase(paths: RunPaths) -> str:
+    """Return what the server of the latest attempt has published last; "" if nothing."""
+    found = rendezvous.read(paths)
+    try:
+        latest = latest_attempt(paths)
+    except OSError:
+        return ""
+    return found.phase if found and found.attempt == latest else ""
+
+
 def _beats(paths: RunPaths) -> bool:
-    """Watch the heartbeat of a server that no process table and no Slurm can tell of."""
+    """Watch the heartbeat of a server that no process table and no Slurm can tell of.
+
+    For long: it may wait for its disk, and who takes it for dead ends its run.
+    """
     first = rendezvous.read(paths)
     if first is None:
         return True  # it has not come so far yet
-    deadline_s = time.monotonic() + 4 * rendezvous.BEAT_S
-    while time.monotonic() < deadline_s:
-        time.sleep(rendezvous.BEAT_S / 4)
+
+    def moved() -> bool:
         files.refresh_directory(paths.root)
-        if rendezvous.read(paths) != first:
-            return True
-    return False
+        return rendezvous.read(paths) != first
+
+    if files.wait_until(moved, _STRANGE_S):
+        return True
+    logger.warning("%s: no heartbeat for %.0f s; watching on", paths.run_id, _STRANGE_S)
+    return files.wait_until(moved, _SILENT_S - _STRANGE_S)
 
 
 def _state_of(standing: Standing, role: str) -> str:

@@ -41,7 +41,7 @@ def _as_dict(paths: RunPaths, standing: "Standing") -> dict[str, object]:
         "run_dir": str(paths.root),
         **{name: status.get(name) for name in ("state", "reason", "round", "num_rounds")},
         "metrics": status.get("metrics") or {},
-        "age_s": round(time.time() - created_s(paths), 1),
+        "age_s": round(max(0.0, time.time() - created_s(paths)), 1),
         "problem": standing.problem,
     }
 

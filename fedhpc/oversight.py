@@ -4,6 +4,7 @@ Array tasks that have lost their server share what one of them has learned, and 
 and more rarely: a controller serves many.
 """
 
+import contextlib
 import logging
 import random
 import time
@@ -108,7 +109,8 @@ class ServerJob:
             return
         self._sequence += 1
         value = {"sequence": self._sequence, "job": job and asdict(job)}
-        files.write_json(self._paths.server_job, value)
+        with contextlib.suppress(PlatformError):  # then the others ask too
+            files.write_json(self._paths.server_job, value, patience_s=0.0)
         self._judge(job)
 
     def _shared(self) -> tuple[int, Job | None]:

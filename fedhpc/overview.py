@@ -108,6 +108,7 @@ def as_table(paths: RunPaths, standing: Standing) -> RenderableType:
         "attempt": str(status["attempt"]) if status.get("attempt", 1) > 1 else "",
         "rounds": rounds(status),
         "fits": _fits(status),
+        "failing": _failing(status),
         "metrics": words.summary(status.get("metrics") or {}),
         "ETA": "" if eta is None else words.duration(eta),
         "run folder": str(paths.root),
@@ -130,8 +131,15 @@ def _fits(status: dict[str, Any]) -> str:
     if not status.get("fits_total"):
         return ""
     text = f"{status.get('verb')}: {status.get('fits_done', 0)} of {status['fits_total']} done"
-    failed = status.get("fits_failed")
-    return f"{text}, {failed} failed in the run so far" if failed else text
+    names = {"fits_failed": "failed", "fits_late": "late", "fits_cancelled": "cancelled"}
+    more = ", ".join(f"{status[key]} {word}" for key, word in names.items() if status.get(key))
+    return f"{text}, {more} in the run so far" if more else text
+
+
+def _failing(status: dict[str, Any]) -> str:
+    """Return the clients that fail again and again."""
+    found = status.get("failing")
+    return "\n".join(map(str, found)) if isinstance(found, list) else ""
 
 
 def _waiting(status: dict[str, Any]) -> str:

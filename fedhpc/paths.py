@@ -123,6 +123,11 @@ class RunPaths:
         return self.root / "errors"
 
     @property
+    def accepted(self) -> Path:
+        """Whose replies counted, where not those of a whole cohort did."""
+        return self.root / "accepted"
+
+    @property
     def status(self) -> Path:
         """How the run stands."""
         return self.root / "status.json"
@@ -165,6 +170,14 @@ class RunPaths:
     def memory_of(self, array_task: int) -> Path:
         """Return the file of what an array task saw of its memory."""
         return self.memory / f"{array_task}.jsonl"
+
+    def error(self, message_id: str, tries: int) -> Path:
+        """Return the file of a fit's failure, at its ``tries``-th try."""
+        return self.errors / (f"{message_id}.txt" if tries == 1 else f"{message_id}.{tries}.txt")
+
+    def accepted_of(self, message_id: str) -> Path:
+        """Return the file of whose replies counted, of the cohort whose first message this is."""
+        return self.accepted / f"{message_id}.json"
 
     def process(self, role: str) -> Path:
         """Pid, start time and host of the process that plays ``role``."""
@@ -290,6 +303,16 @@ def created_s(paths: RunPaths) -> float:
 
 
 def latest_attempt(paths: RunPaths) -> int:
-    """Return the highest attempt ever claimed in the run folder; 0 if none."""
-    found = (re.fullmatch(r"attempt-(\d+)", entry.name) for entry in paths.root.iterdir())
+    """Return the highest attempt ever claimed in the run folder; 0 if none.
+
+    Raises
+    ------
+    OSError
+        If the disk does not tell.
+    """
+    try:
+        names = [entry.name for entry in paths.root.iterdir()]
+    except FileNotFoundError:
+        return 0
+    found = (re.fullmatch(r"attempt-(\d+)", name) for name in names)
     return max((int(match[1]) for match in found if match), default=0)

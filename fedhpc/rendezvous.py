@@ -5,6 +5,7 @@ clocks of two machines are not compared.
 """
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,12 +13,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Literal
 
 from fedhpc import files, run_state
-from fedhpc.errors import PlatformError, RendezvousTimeout
+from fedhpc.errors import RendezvousTimeout, Superseded
 from fedhpc.paths import RunPaths, latest_attempt
 
 logger = logging.getLogger(__name__)
 
 BEAT_S = 2.0
+_LAST_WORD_S = 5.0
 Phase = Literal["serving", "requeueing", "finished", "failed"]
 
 
@@ -63,6 +65,51 @@ def read(paths: RunPaths) -> Rendezvous | None:
     return Rendezvous(**{field.name: value[field.name] for field in fields(Rendezvous)})
 
 
+class Fence:
+    """Lets a server write only while nobody has claimed a higher attempt; see `files.fenced`.
+
+    Parameters
+    ----------
+    paths : RunPaths
+        Of the run.
+    attempt : int
+        Of this server.
+    """
+
+    def __init__(self, paths: RunPaths, attempt: int) -> None:
+        self._paths = paths
+        self._attempt = attempt
+        self._higher = 0
+
+    def check(self) -> None:
+        """Look at the run folder.
+
+        Raises
+        ------
+        Superseded
+            Now and ever after, once a higher attempt was seen.
+        OSError
+            If the disk does not tell.
+        """
+        if not self._higher and (latest := latest_attempt(self._paths)) > self._attempt:
+            self._higher = latest
+        if self._higher:
+            raise Superseded(
+                f"attempt {self._higher} of the server has come; this one, attempt"
+                f" {self._attempt}, leaves and writes nothing more"
+            )
+
+    def is_passed(self) -> bool:
+        """Return whether a higher attempt is there; if the disk does not tell, as known so far."""
+        try:
+            self.check()
+        except Superseded:
+            return True
+        except OSError as error:
+            logger.warning("whether there is another server is not known: %s", error)
+        return False
+
+
 class Publisher:
     """Keeps the file fresh while the server lives.
 
@@ -79,6 +126,7 @@ class Publisher:
 
     def __init__(self, paths: RunPaths, first: Rendezvous, superseded: Callable[[], None]) -> None:
         self._paths = paths
+        self._fence = Fence(paths, first.attempt)
         self._current = first
         self._superseded = superseded
         self._lock = threading.Lock()
@@ -86,33 +134,51 @@ class Publisher:
         self._thread = threading.Thread(target=self._beat, name="rendezvous", daemon=True)
 
     def start(self) -> None:
-        """Publish for the first time and begin to beat."""
+        """Publish for the first time and begin to beat.
+
+        Raises
+        ------
+        PlatformError
+            If the disk refuses it.
+        """
         self._write()
         self._thread.start()
 
     def end(self, phase: Phase) -> None:
-        """Publish the last phase and stop."""
+        """Publish the last phase and stop.
+
+        Raises
+        ------
+        PlatformError
+            If the disk refuses it.
+        """
         self._stop.set()
-        self._thread.join(BEAT_S)
+        if self._thread.is_alive():
+            self._thread.join(BEAT_S)
         with self._lock:
             self._current = replace(self._current, phase=phase)
-        if latest_attempt(self._paths) == self._current.attempt:
-            self._write()
+        if not self._fence.is_passed():
+            self._write(_LAST_WORD_S)
 
     def _beat(self) -> None:
+        failing = False
         while not self._stop.wait(BEAT_S):
             try:
-                if latest_attempt(self._paths) > self._current.attempt:
-                    self._superseded()
-                    return
-                self._write()
-            except (PlatformError, OSError) as error:
-                logger.warning("could not refresh the rendezvous: %s", error)
+                self._fence.check()
+                self._write(0.0)  # the next beat comes soon
+                failing = False
+            except Superseded:
+                self._superseded()
+                return
+            except Exception as error:  # whatever it is: without beats the server counts as dead
+                if not failing:
+                    logger.warning("could not refresh the rendezvous: %s", error)
+                failing = True
 
-    def _write(self) -> None:
+    def _write(self, patience_s: float | None = None) -> None:
         with self._lock:
             self._current = replace(self._current, heartbeat=self._current.heartbeat + 1)
-            files.write_json(self._paths.rendezvous, asdict(self._current))
+            files.write_json(self._paths.rendezvous, asdict(self._current), patience_s=patience_s)
 
 
 class Seeker:
@@ -182,12 +248,14 @@ class Seeker:
     def _reject(self, found: Rendezvous | None) -> str | None:
         """Return why a file is not believed; None if it is."""
         if found is None:
-            exists = self._paths.rendezvous.exists()
+            exists = os.path.lexists(self._paths.rendezvous)  # Path.exists() raises ESTALE
             return "it is half-written or garbage" if exists else "it does not exist"
         if found.run_id != self._paths.run_id:
             return f"it is of another run, {found.run_id}"
         if found.attempt < self._attempt:
             return f"it is of attempt {found.attempt}, older than {self._attempt}"
+        if (latest := self._latest_attempt()) > found.attempt:
+            return f"it is of attempt {found.attempt}, and attempt {latest} has not published yet"
         if found.phase == "requeueing":
             return f"the server of attempt {found.attempt} is being requeued"
         last = self._unreachable
@@ -202,3 +270,9 @@ class Seeker:
                 " reached"
             )
         return None
+
+    def _latest_attempt(self) -> int:
+        try:
+            return latest_attempt(self._paths)
+        except OSError:  # it is looked at again soon
+            return 0

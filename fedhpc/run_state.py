@@ -13,21 +13,31 @@ State = Literal["pending", "running", "finished", "failed", "cancelled"]
 ENDED = ("finished", "failed", "cancelled")
 
 
-def write(paths: RunPaths, state: State, reason: str = "", **more: Any) -> None:
+def write(
+    paths: RunPaths,
+    state: State,
+    reason: str = "",
+    *,
+    patience_s: float | None = None,
+    **more: Any,
+) -> None:
     """Write status.json.
 
     Raises
     ------
     PlatformError
-        If the disk refuses it.
+        If the disk refuses it, for ``patience_s``; see `files.persist`.
     """
-    files.write_json(paths.status, {"state": state, "reason": reason, **more})
+    value = {"state": state, "reason": reason, **more}
+    files.write_json(paths.status, value, patience_s=patience_s)
 
 
 def read(paths: RunPaths) -> dict[str, Any]:
     """Return what status.json says; pending if there is nothing yet."""
     value = files.read_json(paths.status)
-    return value if isinstance(value, dict) else {"state": "pending", "reason": ""}
+    if isinstance(value, dict) and {"state", "reason"} <= value.keys():
+        return value
+    return {"state": "pending", "reason": ""}
 
 
 def register_process(paths: RunPaths, role: str, job_id: str) -> None:

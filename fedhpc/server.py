@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 from fedhpc import config, environment, files, logging_setup, network, rendezvous, run_state
 from fedhpc.cluster import entries, slurm, submission
-from fedhpc.errors import FedHPCError, PlatformError, RunError
+from fedhpc.errors import FedHPCError, PlatformError, RunError, Superseded
 from fedhpc.federation import apps, certificates, compat, dispatch, fit, plain
 from fedhpc.federation.checkpoint import CheckpointStore
 from fedhpc.federation.grid import HpcGrid
@@ -32,6 +33,7 @@ from fedhpc.paths import RunPaths, latest_attempt, open_run_folder
 logger = logging.getLogger(__name__)
 
 _STATUS_S = 0.5
+_STATUS_AGAIN_S = 5.0  # also where nothing is new: somebody may have written something else
 _LAST_WRITE_S = 4.0
 _KILLED_BY_SIGNAL = 128
 
@@ -65,9 +67,10 @@ class Server:
                 "submit it again; a run folder is used once",
             )
         self._attempt = _claim_attempt(paths)
+        self._fence = rendezvous.Fence(paths, self._attempt)
         settings = self._config.checkpoint
         self._checkpoints = CheckpointStore(paths, settings, self._attempt)
-        self._rounds = Rounds(self._checkpoints, settings.every)
+        self._rounds = Rounds(self._checkpoints, self._config)
         self._clients = ClientArray(paths, self._config.cluster)
         self._superseded = threading.Event()
         self._links: LinkServer | None = None
@@ -84,7 +87,17 @@ class Server:
             self._paths.fits.unlink(missing_ok=True)
 
     def run(self) -> int:
-        """Run the federation to its end; return the exit code."""
+        """Run the federation to its end; return the exit code.
+
+        Raises
+        ------
+        PlatformError
+            If the disk refuses even to note that this process is there.
+        """
+        with files.fenced(self._fence.check):
+            return self._run()
+
+    def _run(self) -> int:
         run_state.register_process(self._paths, "server", self._environment.job_id)
         try:
             with self._reporting():
@@ -111,8 +124,12 @@ class Server:
             return self._end("failed", error.message, error.exit_code)
         except Exception as error:
             logger.error("the ServerApp failed:\n%s", traceback.format_exc())
-            files.write_atomic(self._paths.errors / "server.txt", traceback.format_exc())
-            return self._end("failed", f"{type(error).__name__}: {error}", RunError.exit_code)
+            with contextlib.suppress(PlatformError):  # it is in the log
+                path = self._paths.errors / "server.txt"
+                files.write_atomic(path, traceback.format_exc(), patience_s=0.0)
+            of_disk = isinstance(error, OSError) and files.is_of_disk(error)
+            code = PlatformError.exit_code if of_disk else RunError.exit_code
+            return self._end("failed", f"{type(error).__name__}: {error}", code)
         return self._end("finished", "", 0)
 
     @contextlib.contextmanager
@@ -151,24 +168,28 @@ class Server:
             ),
             self._supersede,
         )
-        publisher.start()
-        logger.info("attempt %d listens on %s:%d", self._attempt, host, port)
         self._links = links
         phase: rendezvous.Phase = "failed"
         goes_on = False
         try:
+            publisher.start()
+            logger.info("attempt %d listens on %s:%d", self._attempt, host, port)
             yield links
             phase = "finished"
         except _Stop as stop:
             goes_on = stop.requeue = self._will_start_again(stop)
             raise
         finally:
-            if not self._superseded.is_set():
-                with contextlib.suppress(PlatformError):
+            superseded = self._is_superseded()
+            try:
+                if not superseded:
                     publisher.end("requeueing" if goes_on else phase)
-                if not goes_on:
+            except PlatformError as error:  # those who are connected are told so
+                logger.warning("%s", error)
+            finally:
+                if not (superseded or goes_on):
                     certificates.remove(paths.secrets)
-            links.finish(None if goes_on or self._superseded.is_set() else phase)
+                links.finish(None if goes_on or superseded else phase)
 
     def _run_app(self, transport: Transport) -> None:
         """Call the ServerApp and write the model that its strategy ends with."""
@@ -180,6 +201,7 @@ class Server:
             num_clients=self._config.federation.num_clients,
             seed=self._config.seed,
             states=ClientStates(self._paths, state_bytes, self._checkpoints.refers_to),
+            retry=self._config.failures.retry,
         )
         compat.set_identity(self._paths.run_id)
         rounds = self._rounds
@@ -209,12 +231,22 @@ class Server:
 
         def report() -> None:
             last: object = None
+            written_s = 0.0
+            failing = False
             while not ended.wait(_STATUS_S):
-                current = self._status()
-                if current != last and not self._superseded.is_set():
-                    with contextlib.suppress(PlatformError):
-                        run_state.write(self._paths, "running", **current)
-                        last = current
+                try:
+                    current = self._status()
+                    if current == last and time.monotonic() < written_s + _STATUS_AGAIN_S:
+                        continue
+                    run_state.write(self._paths, "running", patience_s=0.0, **current)
+                    last, written_s, failing = current, time.monotonic(), False
+                except Superseded:
+                    self._supersede()
+                    return
+                except Exception as error:  # no reason to say nothing for the rest of the run
+                    if not failing:
+                        logger.warning("could not refresh the status: %s", error)
+                    failing = True
 
         run_state.write(self._paths, "running", **self._status())
         thread = threading.Thread(target=report, name="status", daemon=True)
@@ -236,21 +268,29 @@ class Server:
 
     def _end(self, state: run_state.State, reason: str, code: int = 1) -> int:
         """Write the last status and return the exit code."""
-        if self._superseded.is_set():
+        if self._is_superseded():
             logger.warning("a server with a higher attempt has come; this one leaves")
             return PlatformError.exit_code
         logger.log(logging.INFO if code == 0 else logging.ERROR, "%s %s", state, reason)
         status = self._status() | {"exit_code": code}
-        if self._paths.model.exists():
-            with self._paths.model.open("rb") as file:
-                status["model_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
-        run_state.write(self._paths, state, reason, **status)
+        # A run that has failed, perhaps for this disk, has waited for it; one that is done has not.
+        patience_s = None if code == 0 else _LAST_WRITE_S
+        try:
+            if self._paths.model.exists():
+                with self._paths.model.open("rb") as file:
+                    status["model_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+            run_state.write(self._paths, state, reason, patience_s=patience_s, **status)
+        except Superseded:
+            return PlatformError.exit_code
+        except (PlatformError, OSError) as error:
+            logger.error("the run has %s, but status.json does not say so: %s", state, error)
+            code = code or PlatformError.exit_code
         self._end_pending_clients()
         return code
 
     def _will_start_again(self, stop: _Stop) -> bool:
         """Return whether the server job goes back into the queue instead of ending the run."""
-        if self._config.cluster.executor != "slurm" or self._superseded.is_set():
+        if self._config.cluster.executor != "slurm" or self._is_superseded():
             return False
         if stop.signum == signal.SIGTERM:  # a cancelled job, or one that Slurm queues again itself
             try:
@@ -279,7 +319,14 @@ class Server:
                 f" {self._config.cluster.max_requeues + 1}) and will go on at round {last + 1}"
             )
         logger.warning("%s", reason)
-        run_state.write(self._paths, "pending", reason, attempt=self._attempt)
+        try:
+            run_state.write(
+                self._paths, "pending", reason, patience_s=_LAST_WRITE_S, attempt=self._attempt
+            )
+        except Superseded:
+            raise
+        except PlatformError as error:  # Slurm knows it too
+            logger.warning("%s", error)
         if stop.signum == signal.SIGUSR2:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's, on the way to the queue
             try:
@@ -298,12 +345,20 @@ class Server:
                 logger.warning("pending array tasks could not be cancelled: %s", error.message)
 
     def _supersede(self) -> None:
-        self._superseded.set()
-        os.kill(os.getpid(), signal.SIGTERM)
+        """Leave, whatever the app is doing; called from other threads."""
+        if not self._superseded.is_set():
+            self._superseded.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def _is_superseded(self) -> bool:
+        """Return whether another server has come, looking for it now."""
+        if self._fence.is_passed():
+            self._superseded.set()
+        return self._superseded.is_set()
 
 
 def _claim_attempt(paths: RunPaths) -> int:
-    number = latest_attempt(paths) + 1
+    number = 1 + files.persist(lambda: latest_attempt(paths), f"list {paths.root}")
     while not files.claim(paths.attempt(number)):
         number += 1
     return number
@@ -327,6 +382,9 @@ def run(run_dir: str) -> None:
     except FedHPCError as error:
         logger.error("%s", error)
         code = error.exit_code
+    except OSError:
+        logger.exception("the server ends, as it could not read or write")
+        code = PlatformError.exit_code
     except _Stop as stop:
         code = _KILLED_BY_SIGNAL + stop.signum
     if code:

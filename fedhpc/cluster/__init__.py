@@ -1,5 +1,6 @@
 """Start and stop the jobs of a run: the only user of submitit and of Slurm's commands."""
 
+import contextlib
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from fedhpc import files, run_state
 from fedhpc.cluster import entries, slurm, submission
 from fedhpc.cluster.submission import Submission
 from fedhpc.config import Config
+from fedhpc.errors import PlatformError
 from fedhpc.paths import RunPaths
 
 __all__ = ["Submission", "cancel", "log_paths", "submit"]
@@ -46,16 +48,17 @@ def submit(
 
             local.submit(config, paths, jobs, server, client)
     except BaseException as error:
-        submission.write(paths, jobs)
         interrupted = isinstance(error, KeyboardInterrupt)
         why = "interrupted" if interrupted else getattr(error, "message", repr(error))
-        run_state.write(
-            paths,
-            "cancelled" if interrupted else "failed",
-            f"not submitted: {why}",
-            exit_code=130 if interrupted else 75,
-        )
-        cancel(paths)
+        with contextlib.suppress(PlatformError):  # it may be what has failed
+            submission.write(paths, jobs)
+            run_state.write(
+                paths,
+                "cancelled" if interrupted else "failed",
+                f"not submitted: {why}",
+                exit_code=130 if interrupted else 75,
+            )
+        _end(paths, jobs)
         shutil.rmtree(paths.secrets, ignore_errors=True)
         raise
     return jobs
@@ -74,7 +77,10 @@ def cancel(paths: RunPaths) -> list[str]:
     PlatformError
         If Slurm did not answer.
     """
-    jobs = submission.read(paths) or Submission("slurm" if slurm.available() else "")
+    return _end(paths, submission.read(paths) or Submission("slurm" if slurm.available() else ""))
+
+
+def _end(paths: RunPaths, jobs: Submission) -> list[str]:
     if jobs.executor == "slurm":
         slurm.cancel(jobs.whole_jobs())
         if not jobs.server or not jobs.clients:  # a submit that was killed may have had no time

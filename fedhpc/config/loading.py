@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from fedhpc import files
 from fedhpc.config.sections import Config, JobOptions, Named, combination_problems
 from fedhpc.errors import ConfigError
 
@@ -50,9 +51,19 @@ def _mapping_without_duplicates(loader: _StrictLoader, node: yaml.MappingNode) -
 _StrictLoader.add_constructor("tag:yaml.org,2002:map", _mapping_without_duplicates)
 
 
+def _read(path: Path) -> str:
+    """Return the text of a file; that the disk fails is no error of the config."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        if not files.is_of_disk(error):
+            raise
+    return files.persist(lambda: path.read_text(encoding="utf-8"), f"read {path}")
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        value = yaml.load(path.read_text(encoding="utf-8"), _StrictLoader)  # noqa: S506
+        value = yaml.load(_read(path), _StrictLoader)  # noqa: S506
     except OSError as error:
         raise ConfigError(str(path), [f"could not be read: {error.strerror}"]) from error
     except UnicodeDecodeError as error:

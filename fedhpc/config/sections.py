@@ -1,5 +1,6 @@
 """What a config may say: its sections, their defaults and their checks."""
 
+import math
 import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -81,6 +82,13 @@ class Federation(Section):
     clients_per_round: Positive = Field(
         10, description="clients that train in each round: the cohort"
     )
+    over_select: Number = Field(
+        1,
+        ge=1,
+        le=100,
+        description="so many times as many clients train, and a round closes when as many as"
+        " clients_per_round have succeeded",
+    )
     num_rounds: Positive = Field(10, description="rounds of training")
     evaluate_every: Positive = Field(
         1,
@@ -99,6 +107,31 @@ class Federation(Section):
         "any", description="any: an array task trains any client; pinned: client k on task k mod T"
     )
     round_timeout_s: Seconds = Field(3600, description="deadline of a round's fits, in seconds")
+
+    @property
+    def clients_asked(self) -> int:
+        """How many clients are asked to train in each round."""
+        asked = math.ceil(round(self.clients_per_round * self.over_select, 6))
+        return min(asked, self.num_clients)
+
+
+class Failures(Section):
+    """What happens when clients fail."""
+
+    retry: Count = Field(
+        1, description="how often a client's failed fit is tried again within the round"
+    )
+    min_completed: Number = Field(
+        0,
+        ge=0,
+        le=1,
+        description="share of clients_per_round that must succeed in a round; 0: one client",
+    )
+    on_too_few: Literal["stop", "skip_round", "keep_model"] = Field(
+        "stop",
+        description="where fewer succeed: stop the run; skip_round: neither aggregate nor evaluate;"
+        " keep_model: evaluate the model as it was",
+    )
 
 
 class Data(Section):
@@ -341,6 +374,7 @@ class Config(Section):
     strategy: Named = Field(
         Named(name="FedAvg"), description="A strategy of flwr.serverapp.strategy."
     )
+    failures: Failures = Field(Failures(), description=Failures.__doc__)
     isolation: Isolation = Field(Isolation(), description=Isolation.__doc__)
     checkpoint: Checkpoints = Field(Checkpoints(), description=Checkpoints.__doc__)
     cluster: Cluster = Field(Cluster(), description=Cluster.__doc__)
@@ -374,6 +408,11 @@ def combination_problems(config: Config) -> Iterator[str]:
                 f"federation.{field}: expected at most federation.num_clients"
                 f" ({federation.num_clients}), found {found}"
             )
+    if federation.over_select > 1 and not app.is_builtin:
+        yield (
+            "federation.over_select: expected 1, as this app's own strategy chooses how many"
+            f" clients train, found {federation.over_select:g}"
+        )
     if cluster.min_array_tasks > cluster.array_tasks:
         yield (
             f"cluster.min_array_tasks: expected at most cluster.array_tasks"

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from fedhpc.federation import grid_pb2
 from fedhpc.federation.payload import Blob, BytesLike
-from fedhpc.files import write_atomic
+from fedhpc.files import remove, write_atomic
 from fedhpc.paths import RunPaths
 
 
@@ -42,7 +42,11 @@ class BlobStore:
                     self._users.setdefault(blob.digest, set()).add(message_id)
             stale = [digest for digest, users in self._users.items() if not users]
             for digest in stale:
-                self._remove(digest)
+                del self._users[digest]
+            gone = {digest: self._blobs.pop(digest) for digest in stale}
+        for digest, blob in gone.items():  # without the lock: the links must not wait for a disk
+            if self._is_file(blob):
+                remove(self._paths.blob(digest))
         return stale
 
     def drop(self, message_id: str) -> None:
@@ -62,8 +66,3 @@ class BlobStore:
 
     def _is_file(self, blob: Blob) -> bool:
         return blob.size > self._inline_bytes
-
-    def _remove(self, digest: str) -> None:
-        del self._users[digest]
-        if self._is_file(self._blobs.pop(digest)):
-            self._paths.blob(digest).unlink(missing_ok=True)

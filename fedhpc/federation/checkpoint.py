@@ -5,6 +5,7 @@ round runs. It holds the global model as a safetensors file, the rest as JSON an
 SHA256SUMS, which ``sha256sum -c`` reads too. Nothing in it is a pickle.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -111,9 +112,11 @@ class CheckpointStore:
             if newest is not None:
                 self._note(server_round, *_glance(self._paths.checkpoint(server_round)))
                 continue
+            folder = self._paths.checkpoint(server_round)
             try:
-                newest = read(self._paths, server_round)
-            except CheckpointError as error:
+                look = functools.partial(read, self._paths, server_round)
+                newest = files.persist(look, f"read {folder}")
+            except (CheckpointError, PlatformError) as error:
                 problems.append(error.message)
                 logger.error("%s; the checkpoint before it is used", error.message)
                 continue
@@ -192,15 +195,11 @@ class CheckpointStore:
 
     def _run(self) -> None:
         while (checkpoint := self._jobs.get()) is not None:
+            what = f"write a checkpoint to {self._paths.checkpoints}"
             try:
-                self._write(checkpoint)
+                files.persist(functools.partial(self._write, checkpoint), what)
             except PlatformError as error:
                 self._error = error
-            except OSError as error:
-                self._error = PlatformError(
-                    f"could not write a checkpoint to {self._paths.checkpoints}: {error.strerror}",
-                    "check space, quota and permissions of the disk",
-                )
             except Exception as error:
                 logger.exception("a checkpoint could not be written")
                 self._error = PlatformError(f"could not write a checkpoint: {error}")
@@ -277,6 +276,8 @@ def read(paths: RunPaths, server_round: int) -> Checkpoint:
     ------
     CheckpointError
         If it is not whole.
+    OSError
+        If the disk does not tell.
     """
     folder = paths.checkpoint(server_round)
     try:
@@ -298,6 +299,8 @@ def read(paths: RunPaths, server_round: int) -> Checkpoint:
                 )
         return Checkpoint(value["round"], arrays, parts, state_files, value["metrics"])
     except OSError as error:
+        if files.is_of_disk(error):
+            raise  # it may be whole
         raise CheckpointError(f"{folder} is damaged: {error}") from error
     except (ValueError, KeyError, TypeError) as error:  # the sums are right: another program's
         raise CheckpointError(f"{folder} is not a checkpoint: {error!r}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from flwr.app import Message
 
 from fedhpc import config
-from fedhpc.federation import apps, compat, grid_pb2, seeds
+from fedhpc.federation import apps, compat, grid_pb2, seeds, updates
 from fedhpc.federation.payload import ArrayCache, Blob, BytesLike, pack, unpack
 from fedhpc.files import write_atomic
 from fedhpc.isolation.devices import device_of_this_child
@@ -81,7 +81,7 @@ def execute(
     Returns
     -------
     result : Result
-        The reply.
+        The reply, or why it cannot be used.
     inline : list of Blob
         The result's blobs that are not in files, in its order.
 
@@ -103,6 +103,13 @@ def execute(
     reply = prepared.app(message, context)
     if not isinstance(reply, Message):
         raise TypeError(f"the ClientApp returned {type(reply).__name__}, expected a Message")
+    if reply.has_content() and updates.is_train(message.metadata.message_type):
+        problem = updates.non_finite(
+            reply.content, lambda: unpack(payload, views.__getitem__)[0].content
+        )
+        if problem:
+            failure = grid_pb2.Failure(reason=problem, raised=True)
+            return grid_pb2.Result(message_id=work.message_id, failure=failure), []
     packed = pack(reply, context.state, ArrayCache())
     result = grid_pb2.Result(message_id=work.message_id, payload=packed.payload.SerializeToString())
     inline = []

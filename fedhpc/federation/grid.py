@@ -1,23 +1,31 @@
 """Flower's Grid over a `Transport`: a ServerApp talks to the clients through this."""
 
-import mmap
+import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedhpc.federation import compat, grid_pb2, message_ids, seeds
+from fedhpc import files
+from fedhpc.errors import PlatformError, Superseded
+from fedhpc.federation import compat, grid_pb2, message_ids, seeds, updates
+from fedhpc.federation.cohort import Answer, Cohort, Outcome, nothing
+from fedhpc.federation.journal import AcceptedJournal, Entry
 from fedhpc.federation.payload import ArrayCache, pack, unpack
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.states import ClientStates
 from fedhpc.federation.transport import Request, Response, Transport
 from fedhpc.paths import RunPaths
 
+logger = logging.getLogger(__name__)
+
 _SEQUENCES = 1_000_000  # messages of the same verb to a client in a round
+_TOO_LATE = "no result before the round's deadline"
 _PAUSE_S = 3600.0  # how long one wait lasts where the app sets no timeout
 
 
@@ -26,6 +34,7 @@ class _Open:
     message: Message
     server_round: int
     client_id: int
+    request: Request
 
 
 class HpcGrid(Grid):
@@ -48,6 +57,8 @@ class HpcGrid(Grid):
         Of the run.
     states : ClientStates
         Of the clients.
+    retry : int
+        How often `send_and_receive` tries a failed fit again.
     """
 
     def __init__(
@@ -59,12 +70,15 @@ class HpcGrid(Grid):
         num_clients: int,
         seed: int,
         states: ClientStates,
+        retry: int = 0,
     ) -> None:
         self.recorder = recorder
         self.seed = seed
         self._transport = transport
         self._paths = paths
         self._num_clients = num_clients
+        self._retry = retry
+        self.journal = AcceptedJournal(paths)
         self._states = states
         self._run = compat.empty_run(paths.run_id)
         self._open: dict[str, _Open] = {}
@@ -122,40 +136,146 @@ class HpcGrid(Grid):
         ValueError
             If a message is for a node that is none of 1 to ``num_clients``.
         """
-        cache = ArrayCache()
-        requests = [self._request(message, cache) for message in messages]
-        if requests:
-            first = self._open[requests[0].message_id]
-            verb = first.message.metadata.message_type
-            self.recorder.sent(verb, first.server_round, len(requests))
-            self._transport.send(requests)
+        requests = self._requests(messages)
+        self._send(requests)
         return [request.message_id for request in requests]
 
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         """Return the replies that are there, without waiting."""
         wanted = [message_id for message_id in message_ids if message_id in self._open]
-        return [self._accept(response) for response in self._transport.receive(wanted, 0.0)]
+        replies = []
+        for response in self._transport.receive(wanted, 0.0):
+            told, answer = self._answer(response)
+            self._note(told)
+            del self._open[response.message_id]
+            answer.commit()
+            replies.append(answer.reply)
+        return replies
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> list[Message]:
         """Send messages and return their replies, in the order of the clients.
 
-        What is not answered within ``timeout`` seconds is cancelled and left out.
+        Fits that fail are tried again. What is not answered within ``timeout`` seconds is cancelled
+        and left out.
         """
-        waiting = set(self.push_messages(messages))
-        deadline_s = None if timeout is None else time.monotonic() + timeout
-        replies: dict[tuple[int, str], Message] = {}
-        while waiting:
+        outcome = self.exchange(messages, timeout=timeout)
+        outcome.commit()
+        return outcome.replies
+
+    def exchange(
+        self,
+        messages: Iterable[Message],
+        *,
+        timeout: float | None = None,
+        wanted: int | None = None,
+        compare_metrics: bool = False,
+        journalled: bool = False,
+    ) -> Outcome:
+        """Send messages and return what became of them; no client's state is committed yet.
+
+        Parameters
+        ----------
+        messages : iterable of Message
+            See `send_and_receive`.
+        timeout : float, optional
+            In seconds.
+        wanted : int, optional
+            How many successes are enough: the rest is cancelled then. All by default.
+        compare_metrics : bool
+            Whether replies must also have the same names of metrics as most others.
+        journalled : bool
+            Whether the journal says who is waited for, if the same was sent before a restart.
+        """
+        requests = self._requests(messages)
+        asked = [request.message_id for request in requests]
+        before = self.journal.read(asked) if journalled else None
+        if before is not None:
+            requests = [r for r in requests if r.message_id in before.accepted]
+        cohort = Cohort(
+            [request.message_id for request in requests],
+            retry=self._retry,
+            wanted=None if before else wanted,
+            refuse=partial(updates.refused, compare_metrics=compare_metrics),
+        )
+        self._send(requests)
+        late = self._wait(cohort, None if timeout is None else time.monotonic() + timeout)
+        outcome = cohort.outcome(late)
+        if before is not None:
+            outcome = before.complete(outcome, asked, wanted, self._failed_before(before))
+        self._end(outcome)
+        return outcome
+
+    # --- inside ---
+
+    def _wait(self, cohort: Cohort, deadline_s: float | None) -> list[str]:
+        """Receive until a cohort is closed or time is over; return what came after that."""
+        count = len(cohort.waiting)
+        came: dict[str, Response] = {}
+        while not cohort.closed:
             left_s = _PAUSE_S if deadline_s is None else deadline_s - time.monotonic()
             if left_s <= 0:
                 break
-            for response in self._transport.receive(waiting, left_s):
-                waiting.discard(response.message_id)
-                client_id = self._open[response.message_id].client_id
-                replies[client_id, response.message_id] = self._accept(response)
-        self._give_up(waiting)
-        return [replies[key] for key in sorted(replies)]
+            batch = {}
+            for response in self._transport.receive(cohort.waiting, left_s):
+                told, answer = self._answer(response, cohort.tries(response.message_id))
+                batch[answer.message_id] = answer
+                came[answer.message_id] = told
+            refused = cohort.take(batch.values())
+            for name, answer in sorted(batch.items()):
+                self._note(came[name], tries=answer.tries, late=cohort.is_late(name))
+            for answer in refused:
+                failure = grid_pb2.Failure(reason=answer.reason)
+                told = replace(came[answer.message_id], failure=failure, fit=None)
+                self._note(told, tries=answer.tries, refused=True)
+            if not cohort.closed:
+                self._transport.send([self._open[name].request for name in cohort.again()])
+            self.recorder.decided(count - len(cohort.waiting))
+        if not cohort.waiting:
+            return []
+        late = self._transport.withdraw(cohort.waiting)
+        for response in late:
+            self._note(response, tries=cohort.tries(response.message_id), late=True)
+            for entry in response.payload.arrays if response.payload else ():
+                files.remove(self._paths.result_blob(response.message_id, entry.digest))
+        return [response.message_id for response in late]
+
+    def _failed_before(self, before: Entry) -> list[Answer]:
+        """Return the errors of a cohort whose accepted part alone was asked again."""
+        errors = []
+        for message_id, reason in before.failed.items():
+            opened = self._open[message_id]
+            reply = compat.make_error_reply(opened.message, reason, raised=True)
+            errors.append(Answer(message_id, opened.client_id, opened.message, reply))
+        return errors
+
+    def _end(self, outcome: Outcome) -> None:
+        """Forget the messages of a cohort, and tell what became of each client."""
+        answers = [*outcome.accepted, *outcome.failed]
+        reasons = {answer.message_id: answer.reason for answer in answers}
+        for message_id in outcome.missed:
+            failure = grid_pb2.Failure(reason=_TOO_LATE)
+            self._note(Response(message_id, failure=failure))
+            reasons[message_id] = _TOO_LATE
+        for message_id, reason in reasons.items():
+            opened = self._open[message_id]
+            verb = opened.message.metadata.message_type
+            self.recorder.streaks.note(opened.client_id, verb, reason)
+        for message_id in outcome.asked:
+            del self._open[message_id]
+        self.recorder.closed(late=outcome.late, cancelled=outcome.cancelled)
+
+    def _requests(self, messages: Iterable[Message]) -> list[Request]:
+        cache = ArrayCache()
+        return [self._request(message, cache) for message in messages]
+
+    def _send(self, requests: Sequence[Request]) -> None:
+        if requests:
+            first = self._open[requests[0].message_id]
+            verb = first.message.metadata.message_type
+            self.recorder.sent(verb, first.server_round, len(requests))
+            self._transport.send(requests)
 
     def _request(self, message: Message, cache: ArrayCache) -> Request:
         metadata = message.metadata
@@ -175,48 +295,65 @@ class HpcGrid(Grid):
         packed = pack(message, self._states.get(client_id), cache)
         packed.payload.client_id = client_id
         packed.payload.seed = seeds.derive(self.seed, *key, sequence)
-        self._open[message_id] = _Open(message, server_round, client_id)
-        return Request(message_id, client_id, packed)
+        request = Request(message_id, client_id, packed)
+        self._open[message_id] = _Open(message, server_round, client_id, request)
+        return request
 
-    def _accept(self, response: Response) -> Message:
-        """Turn an answer into Flower's reply and commit the client's state."""
-        opened = self._open.pop(response.message_id)
-        verb = opened.message.metadata.message_type
-        self.recorder.fit_ended(response, opened.server_round, opened.client_id, verb)
-        if response.payload is None:
-            failure = response.failure or grid_pb2.Failure(reason="no reply")
-            return compat.make_error_reply(opened.message, failure.reason, raised=failure.raised)
-        reply, state = unpack(response.payload, lambda digest: self._open_blob(response, digest))
-        if reply.has_content():
-            if response.payload.HasField("state"):
-                self._states.put(opened.client_id, state)
+    def _answer(self, response: Response, tries: int = 1) -> tuple[Response, Answer]:
+        """Turn a response into Flower's reply; return it with what is to be told of it."""
+        opened = self._open[response.message_id]
+        failure = response.failure
+        reply: Message | None = None
+        commit: Callable[[], None] = nothing
+        if failure is None and response.payload is None:
+            failure = grid_pb2.Failure(reason="no reply")
+        elif response.payload is not None:
+            try:
+                reply, state = unpack(
+                    response.payload, lambda digest: self._open_blob(response, digest)
+                )
+            except Superseded:
+                raise
+            except (OSError, PlatformError) as error:
+                failure = grid_pb2.Failure(reason=f"its arrays could not be read: {error}")
             else:
-                self._states.drop(opened.client_id)
-        return reply
+                if reply.has_error():  # the app itself says so
+                    failure = grid_pb2.Failure(reason=reply.error.reason, raised=True)
+                has_state = response.payload.HasField("state")
+                commit = partial(self._commit, opened.client_id, state if has_state else None)
+        if reply is None:
+            assert failure is not None  # noqa: S101
+            reply = compat.make_error_reply(opened.message, failure.reason, raised=failure.raised)
+        answer = Answer(
+            response.message_id,
+            opened.client_id,
+            opened.message,
+            reply,
+            commit=commit,
+            tries=tries,
+            final=failure is not None and failure.final,
+        )
+        return replace(response, payload=None, blobs={}, failure=failure), answer
+
+    def _commit(self, client_id: int, state: RecordDict | None) -> None:
+        if state is None:
+            self._states.drop(client_id)
+        else:
+            self._states.put(client_id, state)
+
+    def _note(self, response: Response, **more: Any) -> None:
+        """Tell of a fit that has ended."""
+        opened = self._open[response.message_id]
+        verb = opened.message.metadata.message_type
+        self.recorder.fit_ended(response, opened.server_round, opened.client_id, verb, **more)
 
     def _open_blob(self, response: Response, digest: str) -> memoryview:
         if digest in response.blobs:
             return response.blobs[digest]
         path = self._paths.result_blob(response.message_id, digest)
-        with path.open("rb") as file:
-            data = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
-        response.blobs[digest] = data
-        path.unlink()  # the mapping keeps the bytes
+        data = response.blobs[digest] = files.map_whole(path, response.files[digest])
+        files.remove(path)  # the mapping keeps the bytes
         return data
-
-    def _give_up(self, message_ids: set[str]) -> None:
-        if not message_ids:
-            return
-        self._transport.withdraw(message_ids)
-        for message_id in sorted(message_ids):
-            opened = self._open.pop(message_id)
-            failure = grid_pb2.Failure(reason="no result before the round's deadline")
-            self.recorder.fit_ended(
-                Response(message_id, failure=failure),
-                opened.server_round,
-                opened.client_id,
-                opened.message.metadata.message_type,
-            )
 
 
 def _round_of(message: Message) -> int:

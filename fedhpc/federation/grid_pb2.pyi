@@ -162,14 +162,16 @@ class Accepted(_message.Message):
     def __init__(self, message_id: _Optional[str] = ...) -> None: ...
 
 class Failure(_message.Message):
-    __slots__ = ("reason", "traceback", "raised")
+    __slots__ = ("reason", "traceback", "raised", "final")
     REASON_FIELD_NUMBER: _ClassVar[int]
     TRACEBACK_FIELD_NUMBER: _ClassVar[int]
     RAISED_FIELD_NUMBER: _ClassVar[int]
+    FINAL_FIELD_NUMBER: _ClassVar[int]
     reason: str
     traceback: str
     raised: bool
-    def __init__(self, reason: _Optional[str] = ..., traceback: _Optional[str] = ..., raised: bool = ...) -> None: ...
+    final: bool
+    def __init__(self, reason: _Optional[str] = ..., traceback: _Optional[str] = ..., raised: bool = ..., final: bool = ...) -> None: ...
 
 class Fit(_message.Message):
     __slots__ = ("slot", "wait_s", "start_s", "run_s", "return_s", "peak_rss_mb", "late_imports", "gpu", "gpu_before_mb", "gpu_peak_mb", "out_of_memory")

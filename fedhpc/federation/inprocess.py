@@ -38,10 +38,11 @@ class InProcess:
                 return [self._answer(request)]
         return []
 
-    def withdraw(self, message_ids: Iterable[str]) -> None:
+    def withdraw(self, message_ids: Iterable[str]) -> list[Response]:
         """Forget requests; see `Transport`."""
         for message_id in message_ids:
             self._waiting.pop(message_id, None)
+        return []
 
     def _answer(self, request: Request) -> Response:
         work = grid_pb2.Work(
@@ -59,10 +60,13 @@ class InProcess:
                 raised=True,
             )
             return Response(request.message_id, failure=failure, array_task=0)
+        failed = result.HasField("failure")
         return Response(
             request.message_id,
-            payload=grid_pb2.Payload.FromString(result.payload),
+            payload=None if failed else grid_pb2.Payload.FromString(result.payload),
+            failure=result.failure if failed else None,
             blobs={blob.digest: memoryview(b"".join(blob.parts)) for blob in inline},
+            files={blob.digest: blob.size for blob in result.blobs if blob.in_file},
             fit=grid_pb2.Fit(run_s=time.monotonic() - start_s),
             array_task=0,
         )

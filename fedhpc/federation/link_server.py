@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 import grpc
 
-from fedhpc.errors import PlatformError
+from fedhpc import files
+from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import dispatch, grid_pb2, link
 from fedhpc.federation.blobs import BlobStore
 from fedhpc.federation.transport import Request, Response
@@ -129,8 +130,9 @@ class LinkServer:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout_s)
         # With them go the files of results that came late or twice.
-        for path in self._paths.blobs.iterdir():
-            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError, Superseded):  # another server's, or nobody's
+            for path in list(self._paths.blobs.iterdir()):
+                files.remove(path)
 
     def array_tasks(self) -> list[dict[str, Any]]:
         """Return what is known of each array task that has ever come, for status.json."""
@@ -181,9 +183,11 @@ class LinkServer:
                 self._news.wait(min(left_s, 1.0))
             return [self._responses.pop(message_id) for message_id in ready]
 
-    def withdraw(self, message_ids: Iterable[str]) -> None:
+    def withdraw(self, message_ids: Iterable[str]) -> list[Response]:
         """Forget requests; see `Transport`."""
         gone = list(message_ids)
+        with self._news:
+            late = [self._responses.pop(name) for name in gone if name in self._responses]
 
         def withdraw() -> None:
             for message_id in gone:
@@ -194,6 +198,7 @@ class LinkServer:
             self._act()
 
         self._loop.call_soon_threadsafe(withdraw)
+        return late
 
     def _check_company(self) -> None:
         working = self._peers and self._machine.started
@@ -382,6 +387,7 @@ class LinkServer:
                     result.message_id,
                     payload=None if failed else grid_pb2.Payload.FromString(result.payload),
                     blobs=arrived,
+                    files={blob.digest: blob.size for blob in result.blobs if blob.in_file},
                     failure=result.failure if failed else None,
                     fit=result.fit if result.HasField("fit") else None,
                     array_task=peer.hello.array_task,
@@ -404,7 +410,7 @@ class LinkServer:
         """Do what the state machine wants done."""
         for action in self._machine.actions():
             if isinstance(action, dispatch.Fail):
-                failure = grid_pb2.Failure(reason=action.reason)
+                failure = grid_pb2.Failure(reason=action.reason, final=True)
                 self._respond(Response(action.message_id, failure=failure))
                 continue
             peer = self._peers.get(action.link)

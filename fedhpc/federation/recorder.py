@@ -1,16 +1,23 @@
 """What happened in a run, as it happens: metrics.jsonl, fits.jsonl and errors/."""
 
+import logging
 import os
 import threading
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedhpc import files
+from fedhpc.errors import PlatformError, Superseded
+from fedhpc.federation.cohort import Streaks
 from fedhpc.federation.transport import Response
 from fedhpc.paths import RunPaths
+
+logger = logging.getLogger(__name__)
+
+_SAID = 20  # clients that fail again and again, in status.json
 
 
 @dataclass
@@ -25,7 +32,7 @@ class Progress:
         Of the run; 0 if the app does not say.
     fits_done, fits_total : int
         Of the messages sent last.
-    fits_failed : int
+    fits_failed, fits_late, fits_cancelled : int
         Over the whole run.
     verb : str
         What the clients do: train, evaluate, ...
@@ -33,6 +40,8 @@ class Progress:
         The latest of the server's evaluation, or of the clients'.
     round_s : float
         Mean wall time of the finished rounds, in seconds.
+    failing : list of str
+        A line for each client that fails again and again.
     """
 
     round: int = 0
@@ -40,9 +49,12 @@ class Progress:
     fits_done: int = 0
     fits_total: int = 0
     fits_failed: int = 0
+    fits_late: int = 0
+    fits_cancelled: int = 0
     verb: str = ""
     metrics: dict[str, Any] | None = None
     round_s: float = 0.0
+    failing: list[str] = field(default_factory=list)
 
 
 class Recorder:
@@ -63,6 +75,7 @@ class Recorder:
         self._rounds_done = 0
         self._has_sent = False
         self.last_failure = ""
+        self.streaks = Streaks()
 
     def progress(self) -> dict[str, Any]:
         """Return how far the run is."""
@@ -116,8 +129,32 @@ class Recorder:
             progress.verb, progress.fits_total, progress.fits_done = verb, count, 0
             progress.round = max(progress.round, server_round)
 
-    def fit_ended(self, response: Response, server_round: int, client_id: int, verb: str) -> None:
-        """Write the line of a fit, and the file of its failure if it failed."""
+    def fit_ended(
+        self,
+        response: Response,
+        server_round: int,
+        client_id: int,
+        verb: str,
+        *,
+        tries: int = 1,
+        late: bool = False,
+        refused: bool = False,
+    ) -> None:
+        """Write the line of a fit, and the file of its failure if it failed.
+
+        Parameters
+        ----------
+        response : Response
+            How it ended.
+        server_round, client_id, verb
+            What it was for.
+        tries : int
+            Which try this was.
+        late : bool
+            Whether nobody waited for it any more.
+        refused : bool
+            Whether the fit, which has a line already, has failed after all.
+        """
         line: dict[str, Any] = {
             "round": server_round,
             "client": client_id,
@@ -127,6 +164,10 @@ class Recorder:
             "host": response.host,
             "time_s": round(time.monotonic() - self._start_s, 3),
         }
+        if tries > 1 or response.failure is not None:
+            line["try"] = tries
+        if late:
+            line["late"] = True
         if fit := response.fit:
             for name in ("slot", "wait_s", "start_s", "run_s", "return_s", "peak_rss_mb"):
                 line[name] = round(getattr(fit, name), 4)
@@ -141,11 +182,23 @@ class Recorder:
         if response.failure is not None:
             line["reason"] = response.failure.reason
             self.last_failure = f"client {client_id}: {response.failure.reason}"
-            self._write_error(response, line)
+            self._write_error(response, line, tries)
         files.append_line(self._paths.fits, line)
         with self._lock:
-            self._progress.fits_done += 1
+            self._progress.fits_done += not refused
             self._progress.fits_failed += response.failure is not None
+
+    def decided(self, count: int) -> None:
+        """Note of how many messages sent last it is decided what their fits end with."""
+        with self._lock:
+            self._progress.fits_done = count
+
+    def closed(self, *, late: int, cancelled: int) -> None:
+        """Note that a cohort is answered, and how many results nobody waited for."""
+        with self._lock:
+            self._progress.fits_late += late
+            self._progress.fits_cancelled += cancelled
+            self._progress.failing = self.streaks.said()[:_SAID]
 
     def round_ended(self, server_round: int, line: dict[str, Any]) -> None:
         """Write the line of a round."""
@@ -169,7 +222,7 @@ class Recorder:
                     key: value for key, value in metrics.items() if isinstance(value, int | float)
                 }
 
-    def _write_error(self, response: Response, line: dict[str, Any]) -> None:
+    def _write_error(self, response: Response, line: dict[str, Any], tries: int) -> None:
         failure = response.failure
         assert failure is not None  # noqa: S101
         stamp = datetime.now(UTC).isoformat(timespec="seconds")
@@ -178,8 +231,13 @@ class Recorder:
             f" on array task {line['array_task']} ({line['host']})\n"
             f"{failure.reason}\n\n{failure.traceback}"
         )
-        path = self._paths.errors / f"{response.message_id}.txt"
-        files.write_atomic(path, text)
+        path = self._paths.error(response.message_id, tries)
+        try:
+            files.write_atomic(path, text, patience_s=0.0)
+        except Superseded:
+            raise
+        except PlatformError as error:  # the run does not depend on it; a person may
+            logger.warning("%s; it was to say:\n%s", error.message, text)
 
 
 def _size(path: Path) -> int:

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Result, Strategy
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from fedhpc.errors import CheckpointError, RunError
+from fedhpc.config import Config
+from fedhpc.errors import CheckpointError
 from fedhpc.federation import plain, seeds
 from fedhpc.federation.checkpoint import Checkpoint, CheckpointStore
+from fedhpc.federation.cohort import too_few
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.strategy_state import StrategyState
 
@@ -31,8 +33,8 @@ class Rounds:
     ----------
     store : CheckpointStore
         Where checkpoints go.
-    every : int
-        Rounds between them; 0: none.
+    config : Config
+        Of the run.
 
     Attributes
     ----------
@@ -42,9 +44,10 @@ class Rounds:
         How often an app has called `start`.
     """
 
-    def __init__(self, store: CheckpointStore, every: int) -> None:
+    def __init__(self, store: CheckpointStore, config: Config) -> None:
         self._store = store
-        self._every = every
+        self._config = config
+        self._every = config.checkpoint.every
         self._found: Checkpoint | None = None
         self.final_arrays: ArrayRecord | None = None
         self.starts = 0
@@ -78,7 +81,7 @@ class Rounds:
         Raises
         ------
         RunError
-            If no client of a round's cohort could train.
+            If too few clients of a round's cohort could train, and the config says stop.
         CheckpointError
             If the checkpoint does not fit the app.
         PlatformError
@@ -87,7 +90,9 @@ class Rounds:
         assert isinstance(grid, HpcGrid)  # noqa: S101  (apps get no other one)
         self.starts += 1
         configs = (train_config or ConfigRecord(), evaluate_config or ConfigRecord())
-        rounds = _Rounds(strategy, grid, initial_arrays, num_rounds, timeout, configs, evaluate_fn)
+        rounds = _Rounds(
+            strategy, grid, self._config, initial_arrays, num_rounds, timeout, configs, evaluate_fn
+        )
         strategy.summary()
         grid.recorder.rounds_begin(num_rounds)
         if self.starts > 1:
@@ -113,6 +118,7 @@ class _Rounds:
         self,
         strategy: Strategy,
         grid: HpcGrid,
+        config: Config,
         arrays: ArrayRecord,
         num_rounds: int,
         timeout_s: float,
@@ -130,6 +136,11 @@ class _Rounds:
         self.result = Result()
         self.done = -1  # the last round that is done; 0 is the evaluation before the first
         self._state = StrategyState(strategy)
+        self._averages = _averages(strategy)
+        self._failures = config.failures
+        federation = config.federation
+        # More are asked only then, and only by the built-in app.
+        self._wanted = federation.clients_per_round if federation.over_select > 1 else None
         self._told: set[str] = set()
 
     def run_all(self, save: Callable[["_Rounds", dict[str, Any]], None]) -> None:
@@ -223,27 +234,42 @@ class _Rounds:
             strategy.configure_train(server_round, self.arrays, self.train_config, grid)
         )
         with seconds.measure("train"):
-            replies = grid.send_and_receive(messages, timeout=self.timeout_s)
-        _check_any(replies, len(messages), server_round, self.recorder.last_failure)
-        line["cohort"] = len(messages)
-        line["failures"] = len(messages) - sum(reply.has_content() for reply in replies)
-        self._seed(server_round, "aggregate_train")
-        with seconds.measure("aggregate"):
-            new_arrays, train_metrics = strategy.aggregate_train(server_round, replies)
-        if new_arrays is not None:
-            self.arrays = self.result.arrays = new_arrays
-        if train_metrics is not None:
-            self.result.train_metrics_clientapp[server_round] = train_metrics
-            line["train"] = dict(train_metrics)
+            outcome = grid.exchange(
+                messages,
+                timeout=self.timeout_s,
+                wanted=self._wanted,
+                compare_metrics=self._averages,
+                journalled=True,
+            )
+        line |= outcome.figures()
+        problem = too_few(outcome, self._failures, server_round, self.recorder.last_failure)
+        grid.journal.write(outcome)
+        if problem:
+            line["too_few"] = problem
+            if self._failures.on_too_few == "skip_round":
+                return {**line, "seconds": seconds.values}
+        else:
+            outcome.commit()
+            self._seed(server_round, "aggregate_train")
+            with seconds.measure("aggregate"):
+                new_arrays, train_metrics = strategy.aggregate_train(server_round, outcome.replies)
+            if new_arrays is not None:
+                self.arrays = self.result.arrays = new_arrays
+            if train_metrics is not None:
+                self.result.train_metrics_clientapp[server_round] = train_metrics
+                line["train"] = dict(train_metrics)
 
         self._seed(server_round, "configure_evaluate")
         messages = list(
             strategy.configure_evaluate(server_round, self.arrays, self.evaluate_config, grid)
         )
         with seconds.measure("evaluate_clients"):
-            replies = grid.send_and_receive(messages, timeout=self.timeout_s)
+            outcome = grid.exchange(
+                messages, timeout=self.timeout_s, compare_metrics=self._averages
+            )
+        outcome.commit()
         self._seed(server_round, "aggregate_evaluate")
-        client_metrics = strategy.aggregate_evaluate(server_round, replies)
+        client_metrics = strategy.aggregate_evaluate(server_round, outcome.replies)
         if client_metrics is not None:
             self.result.evaluate_metrics_clientapp[server_round] = client_metrics
             line["evaluate_clients"] = dict(client_metrics)
@@ -280,9 +306,8 @@ class _Seconds:
         self.values[name] = round(time.monotonic() - start_s, 4)
 
 
-def _check_any(replies: list[Message], sent: int, server_round: int, last_failure: str) -> None:
-    if sent and not any(reply.has_content() for reply in replies):
-        raise RunError(
-            f"round {server_round}: none of its {sent} clients could train; at last {last_failure}",
-            "the run folder's errors/ has every traceback",
-        )
+def _averages(strategy: Strategy) -> bool:
+    """Return whether a strategy, or the one that it wraps, refuses metrics of different names."""
+    while isinstance(inner := getattr(strategy, "strategy", None), Strategy):
+        strategy = inner
+    return isinstance(strategy, FedAvg)

@@ -1,6 +1,5 @@
 """The clients' states: a client's ``context.state`` lives here between its fits."""
 
-import mmap
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -9,7 +8,7 @@ from flwr.app import ArrayRecord, RecordDict
 
 from fedhpc.federation import compat
 from fedhpc.federation.payload import decode_arrays, encode_arrays
-from fedhpc.files import write_atomic
+from fedhpc.files import map_whole, remove, write_atomic
 from fedhpc.paths import RunPaths
 
 
@@ -87,7 +86,7 @@ class ClientStates:
             if self._is_needed(name):
                 self._stale.add(name)
             else:
-                (self._paths.states / name).unlink(missing_ok=True)
+                remove(self._paths.states / name)
                 self._stale.discard(name)
 
     # --- checkpoints ---
@@ -140,8 +139,7 @@ class ClientStates:
     def _read(self, stored: _OnDisk) -> RecordDict:
         state = RecordDict(dict(stored.skeleton))
         for name, file_name in stored.files.items():
-            with (self._paths.states / file_name).open("rb") as file:
-                data = memoryview(mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ))
+            data = map_whole(self._paths.states / file_name)
             state[name] = decode_arrays(stored.skeleton.array_records[name], data)
         return state
 

@@ -69,7 +69,7 @@ def _build_inner(inner: object, federation: Federation, source: str) -> Strategy
 
 def _participation(federation: Federation) -> dict[str, Any]:
     clients = federation.num_clients
-    training, evaluating = federation.clients_per_round, federation.clients_per_evaluation
+    training, evaluating = federation.clients_asked, federation.clients_per_evaluation
     return {
         # Flower takes the larger of fraction * clients, rounded down, and the minimum.
         "fraction_train": training / clients,
@@ -77,5 +77,5 @@ def _participation(federation: Federation) -> dict[str, Any]:
         "fraction_evaluate": evaluating / clients,
         "min_evaluate_nodes": evaluating,
         "min_available_nodes": clients,
-        "num_sampled_clients": training,
+        "num_sampled_clients": federation.clients_per_round,  # whose replies are aggregated
     }

@@ -27,6 +27,8 @@ class Response:
         The reply, if there is one.
     blobs : dict
         Bytes of the reply's arrays, by digest.
+    files : dict
+        Sizes of those arrays of the reply that are files of the run folder, by digest.
     failure : Failure or None
         Why there is no reply.
     fit : Fit or None
@@ -38,6 +40,7 @@ class Response:
     message_id: str
     payload: grid_pb2.Payload | None = None
     blobs: dict[str, memoryview] = field(default_factory=dict, repr=False)
+    files: dict[str, int] = field(default_factory=dict)
     failure: grid_pb2.Failure | None = None
     fit: grid_pb2.Fit | None = None
     array_task: int | None = None
@@ -59,5 +62,5 @@ class Transport(Protocol):
             If nobody is there, or will be, to answer.
         """
 
-    def withdraw(self, message_ids: Iterable[str]) -> None:
-        """Forget requests; running fits are cancelled."""
+    def withdraw(self, message_ids: Iterable[str]) -> list[Response]:
+        """Forget requests; running fits are cancelled. Returns answers that have come already."""

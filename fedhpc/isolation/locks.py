@@ -12,6 +12,7 @@ import json
 import os
 import re
 import stat
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +93,33 @@ def prepare_folder(folder: Path) -> None:
         raise PlatformError(
             f"isolation.lock_dir: expected a folder of this node, found {folder} on a network disk"
             f" ({kind})",
+            _CHOOSE,
+        )
+    _check_locks(folder)
+
+
+def _check_locks(folder: Path) -> None:
+    """Try a lock: some file systems know none, and some grant every one.
+
+    Raises
+    ------
+    PlatformError
+        If locks do not hold here.
+    """
+    path = folder / f".try-{os.getpid()}-{threading.get_native_id()}"
+    fds = []
+    try:
+        fds = [_open_file(path), _open_file(path)]
+        first, second = (_try_lock(fd, path, fcntl.LOCK_EX) for fd in fds)
+    finally:
+        for fd in fds:
+            _close(fd)
+        with contextlib.suppress(OSError):
+            path.unlink()
+    if not first or second:
+        raise PlatformError(
+            f"isolation.lock_dir: expected a disk with locks, found that {folder} grants"
+            f" {'one lock twice' if first else 'none'}",
             _CHOOSE,
         )
 
@@ -233,12 +261,10 @@ class Gate:
     def __enter__(self) -> Self:
         while True:
             fd = _open_file(self._path)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _lock(fd, self._path, fcntl.LOCK_EX | fcntl.LOCK_NB):
                 if self._on_queue is not None:
                     self._on_queue(self.waiting())
-                fcntl.flock(fd, fcntl.LOCK_EX)
+                _lock(fd, self._path, fcntl.LOCK_EX)
             if _is_at(fd, self._path):
                 _clear_record(fd)  # of one that was killed inside
                 self._fd = fd
@@ -294,10 +320,21 @@ def _close(fd: int) -> None:
     os.close(fd)
 
 
-def _try_lock(fd: int, path: Path, kind: int) -> bool:
+def _lock(fd: int, path: Path, kind: int) -> bool:
+    """Lock a file; return False if somebody else has it and ``kind`` says not to wait."""
     try:
-        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+        fcntl.flock(fd, kind)
     except BlockingIOError:
+        return False
+    except OSError as error:
+        raise PlatformError(
+            f"isolation.lock_dir: could not lock {path}: {error.strerror}", _CHOOSE
+        ) from error
+    return True
+
+
+def _try_lock(fd: int, path: Path, kind: int) -> bool:
+    if not _lock(fd, path, kind | fcntl.LOCK_NB):
         return False
     if not _is_at(fd, path):  # removed meanwhile: others lock another file
         fcntl.flock(fd, fcntl.LOCK_UN)
@@ -315,7 +352,13 @@ def _is_at(fd: int, path: Path) -> bool:
 def _write_record(fd: int, record: dict[str, Any]) -> None:
     record = {**record, "label": record["label"][:_MAX_LABEL]}  # the rest of it must be readable
     # Never truncated: ext4 would then write to the disk at once, 2 ms on the way to every fit.
-    os.pwrite(fd, json.dumps(record).encode() + b"\n", 0)
+    try:
+        os.pwrite(fd, json.dumps(record).encode() + b"\n", 0)
+    except OSError as error:
+        raise PlatformError(
+            f"isolation.lock_dir: could not write a promise of memory: {error.strerror}",
+            f"free space there, or {_CHOOSE}",
+        ) from error
 
 
 def _clear_record(fd: int) -> None:

@@ -74,7 +74,7 @@ class Peaks:
                 raise PlatformError(
                     f"could not make {self._folder}: {error.strerror}", "check the disk"
                 ) from error
-            files.write_atomic(self._file(kind), json.dumps(record))
+            files.write_atomic(self._file(kind), json.dumps(record), patience_s=0.0)
             self._known.pop(kind, None)
 
     def _read(self, kind: str) -> tuple[int, int]:

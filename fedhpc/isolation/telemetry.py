@@ -87,10 +87,10 @@ class Sampler:
         self._closing = False
         self._own_mb: float | None = None
         self._own_next_s = 0.0
-        self._broken = False
         self._start_s = time.monotonic()
         self._ended: queue.SimpleQueue[_Ended | None]
         self._ended = queue.SimpleQueue()
+        self._lines: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
         with contextlib.suppress(OSError):  # the first line says it
             path.parent.mkdir(exist_ok=True)
         shown = [
@@ -98,7 +98,10 @@ class Sampler:
             for gpu in gpus
         ]
         start = {"kind": "start", "utc": round(time.time(), 3), **header}
-        self._write({**start, "interval_s": self._interval_s, "gpus": shown})
+        self._lines.put({**start, "interval_s": self._interval_s, "gpus": shown})
+        # A disk that stalls must not hold up who watches the limit of memory.
+        self._writer = threading.Thread(target=self._write, name="telemetry file", daemon=True)
+        self._writer.start()
         self._thread = threading.Thread(target=self._run, name="telemetry", daemon=True)
         self._thread.start()
 
@@ -122,6 +125,8 @@ class Sampler:
         self._closing = True
         self._ended.put(None)
         self._thread.join(2 * _GONE_S)
+        self._lines.put(None)
+        self._writer.join(2 * _GONE_S)
 
     def _run(self) -> None:
         next_s = self._start_s
@@ -153,7 +158,7 @@ class Sampler:
                 after = sample["children_mb"]
         times = {"began_s": usage.began_s, "ended_s": self._now_s()}
         memory = {"before_mb": usage.before_mb, "after_mb": after}
-        self._write({"kind": "fit", **usage.about, **times, **memory, **more})
+        self._lines.put({"kind": "fit", **usage.about, **times, **memory, **more})
 
     def _sample(self) -> dict[str, Any]:
         children = self._pool.children()
@@ -173,7 +178,7 @@ class Sampler:
             "children_mb": round(total / MB, 1),
             "gpus": {gpu.id: self._used_mb(gpu) for gpu in self._gpus},
         }
-        self._write(line)
+        self._lines.put(line)
         return line
 
     def _measure_own(self) -> None:
@@ -195,11 +200,19 @@ class Sampler:
     def _now_s(self) -> float:
         return round(time.monotonic() - self._start_s, 3)
 
-    def _write(self, line: dict[str, Any]) -> None:
-        if self._broken:
-            return
-        try:
-            files.append_line(self._path, line)
-        except PlatformError as error:  # no fit depends on it; the limit of memory still holds
-            self._broken = True
-            logger.warning("no more telemetry: %s", error)
+    def _write(self) -> None:
+        """Write lines as they come, all that have come meanwhile at once."""
+        failing = False
+        lines: list[dict[str, Any]] = []
+        while (line := self._lines.get()) is not None:
+            lines.append(line)
+            if not self._lines.empty():
+                continue
+            try:
+                files.append_line(self._path, *lines, patience_s=0.0)
+                failing = False
+            except PlatformError as error:  # no fit depends on it
+                if not failing:
+                    logger.warning("telemetry is lost: %s", error)
+                failing = True
+            lines.clear()

@@ -145,7 +145,8 @@ def test_a_client_that_fails_is_a_line_and_a_file_and_not_the_end(
     how: str, reason: str, config: Path, submitter: Submitter
 ) -> None:
     sets = ["app.run_config.fail-client=2", f"app.run_config.how={how}"]
-    run = submitter.run([*sets, "app.run_config.num-server-rounds=1"], config=config)
+    sets += ["app.run_config.num-server-rounds=1", "failures.retry=0"]
+    run = submitter.run(sets, config=config)
     assert run.returncode == 0, run.output + run.logs()
     failed = [fit for fit in run.fits if not fit["ok"]]
     assert [fit["client"] for fit in failed] == [2]

@@ -308,6 +308,33 @@ def test_a_withdrawn_message_is_cancelled(service: Service) -> None:
     assert service.links.receive(["a"], 0.3) == []
 
 
+def test_results_that_came_before_the_withdrawal_are_handed_over(service: Service) -> None:
+    peer = service.client()
+    peer.next("welcome")
+    service.send("a", "b")
+    peer.next("work")
+    peer.answer("a")
+    peer.next("accepted")
+    assert [response.message_id for response in service.links.withdraw(["a", "b"])] == ["a"]
+    assert peer.next("cancel").cancel.message_id == "b"
+    assert service.links.receive(["a", "b"], 0.2) == []
+
+
+def test_a_message_that_failed_can_be_sent_again_under_its_id(service: Service) -> None:
+    peer = service.client()
+    peer.next("welcome")
+    blob = Blob("d1", 3, [b"abc"])
+    for reason in ("first", "second"):
+        service.send("a", blob=blob)
+        assert peer.next("work").work.message_id == "a"
+        failure = grid_pb2.Failure(reason=reason)
+        result = grid_pb2.Result(message_id="a", failure=failure)
+        peer.client.send([grid_pb2.FromArrayTask(result=result)])
+        (response,) = service.links.receive(["a"], 5)
+        assert response.failure is not None
+        assert response.failure.reason == reason
+
+
 def test_the_server_fails_clearly_when_nobody_comes(tmp_path: Path) -> None:
     cluster = Cluster(executor="local", array_task_timeout_s=0.5)
     service = Service(tmp_path, on_idle=ClientArray(RunPaths(tmp_path), cluster).check)

@@ -12,7 +12,15 @@ import pytest
 from entries import wait_until
 
 from fedhpc import config
-from fedhpc.errors import FitDied, FitFailed, FitKilled, ForkServerDied, GpuLost, SlotTimeout
+from fedhpc.errors import (
+    FitDied,
+    FitFailed,
+    FitKilled,
+    FitOutOfMemory,
+    ForkServerDied,
+    GpuLost,
+    SlotTimeout,
+)
 from fedhpc.federation import grid_pb2, message_ids
 from fedhpc.fits import Fits
 from fedhpc.isolation import Reply, Slot, channel, failures
@@ -109,11 +117,12 @@ def start(pool: DyingPool, folder: Path) -> tuple[Fits, Link, grid_pb2.Work]:
         ([lambda: FitFailed("ValueError: x")], 1),
         ([lambda: SlotTimeout("waited 1 s for a slot")], 1),
         ([killed, lambda: FitFailed("ValueError: x")], 2),
+        ([lambda: FitOutOfMemory("CUDA out of memory")], 1),
     ],
     ids=[
         "killed", "fork server", "terminated", "killed and fork server", "out of memory",
         "then out of memory", "out of memory then killed", "exit", "deadline", "exception",
-        "no slot", "killed and exception",
+        "no slot", "killed and exception", "out of GPU memory",
     ],
 )  # fmt: skip
 def test_a_fit_runs_again_only_after_a_kill_from_outside(
@@ -129,7 +138,11 @@ def test_a_fit_runs_again_only_after_a_kill_from_outside(
         assert link.came.wait(5)
     assert pool.calls == calls
     assert len(link.results) == 1
-    assert str(endings[min(calls, len(endings)) - 1]()) in link.results[0].failure.reason
+    last = endings[min(calls, len(endings)) - 1]()
+    assert str(last) in link.results[0].failure.reason
+    # What has run several times already is not tried again by the server.
+    several = isinstance(last, FitKilled | ForkServerDied | FitOutOfMemory)
+    assert link.results[0].failure.final is several
     assert caplog.text.count("it runs again") == calls - 1
 
 

@@ -1,5 +1,6 @@
 """Slot locks: how many fits run at once, who is next, and that no lock outlives its holder."""
 
+import errno
 import json
 import logging
 import os
@@ -34,6 +35,12 @@ from fedhpc.isolation import ChildPool, locks
 from fedhpc.isolation.locks import Holder, SlotGroup
 
 HERE = Path(__file__).parent
+
+
+def _not_supported(*_: object) -> None:
+    raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+
 NOBODY = 65534
 
 
@@ -691,3 +698,20 @@ def test_a_label_of_any_length_hides_neither_what_is_promised_nor_who_waits(fold
         gate.announce("\U0001f600" * 10_000)
         assert group.gate().waiting()
     lock.release()
+
+
+@pytest.mark.parametrize(
+    ("flock", "found"),
+    [
+        (lambda *_: None, "grants one lock twice"),  # as a mount with "nolock"
+        (_not_supported, "could not lock .*: Operation not supported"),
+    ],
+)
+def test_a_disk_without_locks_is_refused(
+    flock: Callable[..., None], found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.raises(PlatformError, match=found) as caught:
+        locks.prepare_folder(tmp_path / "locks")
+    assert "name a folder of the node with isolation.lock_dir" in str(caught.value)
+    assert not list((tmp_path / "locks").iterdir())

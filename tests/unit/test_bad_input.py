@@ -184,6 +184,19 @@ FIRST_STAGE: dict[str, Bad] = {
         "federation: {round_timeout_s: 60}\nisolation: {fit_timeout_s: 61}",
         "isolation.fit_timeout_s: expected at most federation.round_timeout_s (60), found 61",
     ),
+    "more clients asked than an app of its own would ask": bad(
+        "federation: {over_select: 1.3}\napp: {server: 'a:b', client: 'a:c'}",
+        "federation.over_select: expected 1, as this app's own strategy chooses how many clients"
+        " train, found 1.3",
+    ),
+    "fewer clients asked than needed": bad(
+        "federation: {over_select: 0.9}",
+        "federation.over_select: expected 1.0 or more, found 0.9",
+    ),
+    "more than all clients needed": bad(
+        "failures: {min_completed: 1.1}",
+        "failures.min_completed: expected 1.0 or less, found 1.1",
+    ),
     "an image folder without a folder": bad(
         "data: {name: image_folder}",
         "data.source: image_folder needs a folder or a zip file here, found null",
@@ -219,7 +232,9 @@ FIRST_STAGE: dict[str, Bad] = {
         "app: {run_config: {lr: 1}}", "app.run_config: the built-in app reads data, model and"
     ),
     # The command line.
-    "nothing": command(said="command line: 1 problem CONFIG: expected a YAML file, found nothing"),
+    "nothing": command(
+        said="command line: 1 problem CONFIG: expected a YAML file or --resume RUN_DIR, found"
+    ),
     "an unknown option": command(FILE, "--excutor", "local", said="No such option '--excutor'"),
     "an unknown executor": command(
         FILE, "--executor", "pbs", said="Invalid value for '--executor': 'pbs' is not one of 'auto'"

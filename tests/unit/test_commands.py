@@ -155,7 +155,8 @@ LINKS = [
 def test_status_shows_rounds_fits_metrics_and_what_each_job_does(site: Site) -> None:
     paths = site.run(
         array_tasks=3, round=3, num_rounds=10, fits_done=5, fits_total=10, fits_failed=1,
-        verb="train", metrics={"loss": 0.5}, round_s=60.0,
+        verb="train", metrics={"loss": 0.5}, round_s=60.0, fits_late=2, fits_cancelled=3,
+        failing=["client 7 has failed in 3 rounds in a row; at last: no luck"],
     )  # fmt: skip
     value = files.read_json(paths.status) | {"array_tasks": LINKS}
     files.write_json(paths.status, value)
@@ -169,7 +170,8 @@ def test_status_shows_rounds_fits_metrics_and_what_each_job_does(site: Site) -> 
     assert result.exit_code == 0
     text = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert "rounds 3/10" in text
-    assert "fits train: 5 of 10 done, 1 failed in the run so far" in text
+    assert "fits train: 5 of 10 done, 1 failed, 2 late, 3 cancelled in the run so far" in text
+    assert "failing client 7 has failed in 3 rounds in a row; at last: no luck" in text
     assert "metrics loss 0.5000" in text
     assert "ETA 7:30" in text
     assert "server 10 RUNNING 2026-01-01T10:00:00 n4" in text

@@ -111,7 +111,7 @@ def test_locks_that_do_not_hold_on_a_node_are_told(
     expect("fail", "on a network disk (nfs4)", checks.locks, isolation, None)
     monkeypatch.setattr(locks, "mount_of", lambda *_: ("ext4", "/"))
     monkeypatch.setattr(fcntl, "flock", lambda _file, _how: None)
-    expect("fail", "a lock in", checks.locks, isolation, mine)
+    expect("fail", "grants one lock twice", checks.locks, isolation, mine)
     assert list((tmp_path / "locks").iterdir()) == []
 
 

@@ -1,17 +1,20 @@
 """Files that several processes share: whole or not at all, and every wait ends."""
 
+import errno
 import json
+import os
 import stat
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedhpc import files
-from fedhpc.errors import PlatformError
+from fedhpc.errors import PlatformError, Superseded
 
 
 def names(folder: Path) -> list[str]:
@@ -313,3 +316,182 @@ def test_json_is_readable_by_people_and_ends_with_a_newline(tmp_path: Path) -> N
     assert text.endswith("}\n")
     assert len(text.splitlines()) == 4
     assert json.loads(text) == {"a": 1, "b": 2}
+
+
+# --- a disk that fails ---------------------------------------------------------------------------
+
+
+def failing(name: str, errors: list[int], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Let the next calls of a function of `os` fail, one for each error; return what is left."""
+    real = getattr(os, name)
+
+    def call(*arguments: object, **more: object) -> object:
+        if errors:
+            number = errors.pop(0)
+            raise OSError(number, os.strerror(number))
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(os, name, call)
+    return errors
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EDQUOT, errno.ESTALE, errno.EIO])
+@pytest.mark.parametrize("call", ["open", "fsync", "replace"])
+def test_a_disk_that_fails_for_a_moment_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, error: int
+) -> None:
+    (tmp_path / "file").write_text("old")
+    left = failing(call, [error] * 3, monkeypatch)
+    files.write_atomic(tmp_path / "file", "new")
+    assert left == []
+    assert (tmp_path / "file").read_text() == "new"
+    assert names(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES, errno.ENOENT])
+def test_what_no_wait_can_mend_is_an_error_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: int
+) -> None:
+    left = failing("open", [error] * 2, monkeypatch)
+    with pytest.raises(PlatformError, match=os.strerror(error)):
+        files.write_atomic(tmp_path / "file", "new")
+    assert len(left) == 1
+
+
+def test_a_full_disk_is_waited_for_until_the_deadline_and_said_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(files, "PATIENCE_S", 1.0)
+    failing("fsync", [errno.ENOSPC] * 1000, monkeypatch)
+    start_s = time.monotonic()
+    with pytest.raises(PlatformError) as caught:
+        files.write_atomic(tmp_path / "file", "new")
+    assert 1.0 <= time.monotonic() - start_s < 10
+    assert "No space left on device (for 1 s)" in str(caught.value)
+    assert "Hint: free space" in str(caught.value)
+    assert caplog.text.count("waiting 1 s") == 1
+    assert names(tmp_path) == []
+
+
+def test_without_patience_only_a_stale_handle_gets_a_second_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing("open", [errno.ESTALE], monkeypatch)
+    files.write_atomic(tmp_path / "file", "new", patience_s=0)
+    failing("open", [errno.ENOSPC], monkeypatch)
+    with pytest.raises(PlatformError, match="No space left"):
+        files.write_atomic(tmp_path / "file", "newer", patience_s=0)
+    assert (tmp_path / "file").read_text() == "new"
+
+
+def test_a_stale_file_is_opened_again_to_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files.append_line(tmp_path / "file", {"a": 1})
+    real = Path.open
+    stale = [errno.ESTALE, errno.ESTALE]
+
+    def open_(path: Path, *arguments: Any, **more: Any) -> Any:
+        if stale:
+            raise OSError(stale.pop(), "Stale file handle")
+        return real(path, *arguments, **more)
+
+    monkeypatch.setattr(Path, "open", open_)
+    assert files.read_json(tmp_path / "file") == {"a": 1}
+    stale.append(errno.ESTALE)
+    assert list(files.read_lines(tmp_path / "file")) == [{"a": 1}]
+
+
+def test_a_line_is_appended_once_where_only_the_close_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, errors = os.close, [errno.ENOSPC, errno.EIO]  # as NFS, which writes only then
+
+    def close(fd: int) -> None:
+        real(fd)
+        if errors:
+            raise OSError(errors.pop(), "late")
+
+    files.append_line(tmp_path / "file", {"round": 0})
+    monkeypatch.setattr(os, "close", close)
+    files.append_line(tmp_path / "file", {"round": 1})
+    assert errors == []
+    assert list(files.read_lines(tmp_path / "file")) == [{"round": 0}, {"round": 1}]
+
+
+def test_the_half_line_of_a_killed_process_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_text('{"round": 1}\n{"round": 2, "ha')
+    files.append_line(path, {"round": 2})
+    assert list(files.read_lines(path)) == [{"round": 1}, {"round": 2}]
+
+
+def test_a_fence_is_asked_in_the_last_moment_and_prevents_every_write(tmp_path: Path) -> None:
+    for name in ("replaced", "appended", "removed"):
+        (tmp_path / name).write_text("{}\n")
+
+    def superseded() -> None:
+        raise Superseded("another server has come")
+
+    with files.fenced(superseded):
+        with pytest.raises(Superseded):
+            files.write_atomic(tmp_path / "replaced", "new")
+        with pytest.raises(Superseded):
+            files.append_line(tmp_path / "appended", {"new": 1})
+        with pytest.raises(Superseded):
+            files.remove(tmp_path / "removed")
+    assert names(tmp_path) == ["appended", "removed", "replaced"]
+    assert {path.read_text() for path in tmp_path.iterdir()} == {"{}\n"}
+    files.write_atomic(tmp_path / "replaced", "new")
+
+
+def test_a_file_of_another_node_is_opened_only_when_all_of_it_is_there(tmp_path: Path) -> None:
+    path = tmp_path / "blob"
+    with pytest.raises(PlatformError, match=r"with 4 bytes, found No such file"):
+        files.open_whole(path, 4, timeout_s=0.1)
+    path.write_bytes(b"ab")
+    with pytest.raises(PlatformError, match="found 2 bytes"):
+        files.map_whole(path, 4, timeout_s=0.1)
+    timer = threading.Timer(0.2, path.write_bytes, [b"abcd"])
+    timer.start()
+    assert files.map_whole(path, 4) == b"abcd"
+    timer.join(10)
+
+
+_READ_ONLY = """
+set -e
+mount -t tmpfs none "$1"
+echo '{"old": 1}' > "$1/file"
+mount -o remount,ro "$1"
+exec "$2" -c "$3" "$1"
+"""
+
+
+def test_a_disk_that_has_become_read_only_is_an_error_at_once(tmp_path: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from fedhpc import files
+from fedhpc.errors import PlatformError
+folder = Path(sys.argv[1])
+for write in (
+    lambda: files.write_json(folder / "file", {}),
+    lambda: files.append_line(folder / "file", {}),
+    lambda: files.claim(folder / "claim"),
+):
+    try:
+        write()
+    except PlatformError as error:
+        print(error)
+files.remove(folder / "file")
+print(files.read_json(folder / "file"))
+"""
+    if subprocess.run(["unshare", "--mount", "true"], capture_output=True, check=False).returncode:
+        pytest.skip("a disk of its own needs root")
+    words = ["unshare", "--mount", "sh", "-c", _READ_ONLY, "sh", tmp_path, sys.executable, code]
+    start_s = time.monotonic()
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=True)
+    assert time.monotonic() - start_s < 30
+    assert done.stdout.count("Read-only file system") == 3
+    assert done.stdout.count("Hint: the disk is read-only on this node") == 3
+    assert done.stdout.endswith("{'old': 1}\n")

@@ -1,5 +1,6 @@
 """The address file: who believes it, and who may write it."""
 
+import errno
 import json
 import threading
 from collections.abc import Callable, Iterator
@@ -10,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from fedhpc import files, rendezvous
-from fedhpc.errors import RendezvousTimeout
+from fedhpc.errors import RendezvousTimeout, Superseded
 from fedhpc.paths import RunPaths, latest_attempt
-from fedhpc.rendezvous import Publisher, Rendezvous, Seeker
+from fedhpc.rendezvous import Fence, Publisher, Rendezvous, Seeker
 
 SHORT_S = 0.15
 LONG_S = 20.0
@@ -346,3 +347,71 @@ def test_attempts_are_counted_whatever_else_lies_in_the_folder(paths: RunPaths) 
         (paths.root / f"attempt-{number}x").touch()
         assert latest_attempt(paths) == number
     assert len(names(paths.root)) == 8
+
+
+# --- two servers, and a disk that fails -----------------------------------------------------------
+
+
+def test_a_server_that_has_not_published_yet_makes_the_older_file_unbelievable(
+    paths: RunPaths,
+) -> None:
+    publish(paths, phase="failed")  # of attempt 1, which has ended
+    assert files.claim(paths.attempt(1))
+    assert files.claim(paths.attempt(2))
+    seeker = Seeker(paths, "1")
+    assert "it is of attempt 1, and attempt 2 has not published yet" in why_not(seeker)
+    assert found_later(seeker, lambda: publish(paths, attempt=2)) == record(paths, attempt=2)
+
+
+def test_a_fence_stands_as_soon_as_a_higher_attempt_is_claimed_and_for_ever(
+    paths: RunPaths,
+) -> None:
+    assert files.claim(paths.attempt(1))
+    fence = Fence(paths, 1)
+    fence.check()
+    assert not fence.is_passed()
+    assert files.claim(paths.attempt(2))
+    with pytest.raises(Superseded, match="attempt 2 of the server has come; this one, attempt 1"):
+        fence.check()
+    paths.attempt(2).unlink()
+    assert fence.is_passed()
+    Fence(paths, 2).check()
+
+
+def test_a_disk_that_does_not_tell_of_attempts_makes_a_write_wait_and_not_pass(
+    paths: RunPaths, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers: list[object] = [OSError(errno.ESTALE, "Stale"), OSError(errno.EIO, "I/O"), 2]
+
+    def latest(_: RunPaths) -> int:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        assert isinstance(answer, int)
+        return answer
+
+    monkeypatch.setattr(rendezvous, "latest_attempt", latest)
+    with files.fenced(Fence(paths, 1).check), pytest.raises(Superseded):
+        files.append_line(paths.metrics, {"round": 1})
+    assert answers == []
+    assert paths.metrics.read_bytes() == b""
+
+
+@pytest.mark.usefixtures("_fast_beats")
+def test_a_publisher_survives_whatever_goes_wrong_and_says_it_once(
+    paths: RunPaths, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with publisher(paths):
+        real = files.write_json
+        tried: list[int] = []
+
+        def fail(*_: object, **__: object) -> None:
+            tried.append(1)
+            raise MemoryError
+
+        monkeypatch.setattr(files, "write_json", fail)
+        assert files.wait_until(lambda: len(tried) > 3, LONG_S)
+        monkeypatch.setattr(files, "write_json", real)
+        before = current(paths).heartbeat
+        assert files.wait_until(lambda: current(paths).heartbeat > before, LONG_S)
+    assert caplog.text.count("could not refresh the rendezvous") == 1

@@ -80,6 +80,16 @@ def test_the_cohort_is_exact_for_every_number_of_clients(clients: int) -> None:
         assert max(int(clients * made.fraction_train), made.min_train_nodes) == cohort
 
 
+def test_more_clients_are_asked_than_needed_and_noise_is_for_those_needed() -> None:
+    federation = Federation(num_clients=100, clients_per_round=10, over_select=1.1)
+    made: Any = build("DifferentialPrivacyServerSideFixedClipping", federation)
+    assert made.strategy.min_train_nodes == 11  # 10 * 1.1 is a little more
+    assert made.num_sampled_clients == 10
+    few = Federation(num_clients=12, clients_per_round=10, over_select=1.5)
+    made = build("FedAvg", few)
+    assert made.min_train_nodes == 12
+
+
 def test_no_client_evaluates_unless_asked() -> None:
     made: Any = build("FedAvg", Federation(num_clients=10, clients_per_round=5))
     assert made.fraction_evaluate == 0.0

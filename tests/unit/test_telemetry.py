@@ -66,4 +66,35 @@ def test_a_disk_that_takes_no_samples_ends_neither_the_start_nor_the_limit_of_me
         sampler(tmp_path / "no folder" / "0.jsonl", pool, host_limit_bytes=1),
     ):
         assert pool.killed.wait(5)
-    assert caplog.text.count("no more telemetry") == 1
+    assert caplog.text.count("telemetry is lost") == 1
+
+
+def test_a_disk_that_stalls_does_not_hold_up_the_limit_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(telemetry.files, "append_line", lambda *_, **__: go_on.wait(20))
+    monkeypatch.setattr(telemetry, "proportional_bytes", lambda _: 2)
+    pool = Pool()
+    try:
+        with sampler(tmp_path / "0.jsonl", pool, host_limit_bytes=1):
+            assert pool.killed.wait(5)
+            go_on.set()
+    finally:
+        go_on.set()
+
+
+def test_samples_go_on_when_the_disk_takes_them_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "INTERVAL_S", 0.02)
+    folder = tmp_path / "folder"
+    folder.write_text("a file in its place")
+    with sampler(folder / "0.jsonl", Pool()):
+        time.sleep(0.2)
+        folder.unlink()
+        folder.mkdir()
+        deadline_s = time.monotonic() + 10
+        while not (folder / "0.jsonl").exists() and time.monotonic() < deadline_s:
+            time.sleep(0.02)
+    assert '"kind":"sample"' in (folder / "0.jsonl").read_text()
