@@ -128,7 +128,7 @@ def table(outcomes: list[Outcome]) -> str:
             hits.setdefault(hit.kind.name, []).append((hit, outcome))
     for name, found in sorted(hits.items()):
         seen = [hit.detected_s for hit, _ in found if hit.detected_s is not None]
-        detected = "not noticed"
+        detected = "nothing to notice"
         if seen:
             detected = f"{statistics.median(seen):.1f} (at most {max(seen):.1f})"
         when = sorted({hit.round for hit, _ in found})
