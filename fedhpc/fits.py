@@ -2,14 +2,12 @@
 
 import contextlib
 import logging
-import os
 import queue
 import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 
 from fedhpc import files
 from fedhpc.config import Config
@@ -24,8 +22,9 @@ from fedhpc.errors import (
     PlatformError,
 )
 from fedhpc.federation import grid_pb2, message_ids
-from fedhpc.federation.link import LinkClient, chunks
-from fedhpc.isolation import ChildPool, Need, Reply, Slot, channel
+from fedhpc.federation.link import LinkClient
+from fedhpc.held import Held, LinkBlobs, Result, failure, fit_of, mb
+from fedhpc.isolation import ChildPool, Need, Slot, channel
 from fedhpc.isolation.peaks import Peaks
 from fedhpc.isolation.telemetry import Sampler, Usage
 from fedhpc.paths import RunPaths
@@ -35,30 +34,9 @@ logger = logging.getLogger(__name__)
 FIT = "fedhpc.federation.fit"
 _TRIES = 3  # of a fit whose child or fork server was killed
 _TRIES_WITHOUT_MEMORY = 2  # of one that the kernel killed for want of memory
-_MB = 1e6
 
 
-_Queued = tuple[float, grid_pb2.Work]  # when it came, and what
-
-
-@dataclass
-class _Result:
-    """A result that the server has not accepted yet, with the memory of its blobs."""
-
-    message: grid_pb2.Result
-    blobs: list[int] = field(default_factory=list)
-
-    def events(self) -> Iterator[grid_pb2.FromArrayTask]:
-        """Return what to send; it stays valid when the result is forgotten meanwhile."""
-        digests = [blob.digest for blob in self.message.blobs if not blob.in_file]
-        views = [channel.map_file(fd) for fd in self.blobs]
-        return self._events(list(zip(digests, views, strict=True)))
-
-    def _events(self, blobs: list[tuple[str, memoryview]]) -> Iterator[grid_pb2.FromArrayTask]:
-        for digest, view in blobs:
-            for chunk in chunks(digest, [view]):
-                yield grid_pb2.FromArrayTask(chunk=chunk)
-        yield grid_pb2.FromArrayTask(result=self.message)
+_Queued = tuple[float, Held]  # when it came, and what
 
 
 class Fits:
@@ -101,10 +79,10 @@ class Fits:
         self._given_to: dict[int, queue.SimpleQueue[_Queued]] = {
             slot.index: queue.SimpleQueue() for slot in slots
         }
-        self._held: dict[str, _Result | None] = {}  # None while it waits or runs
+        self._held: dict[str, Held] = {}
+        self._fits = 0
         self._returns: dict[str, str] = {}  # fits to hand back, and why, where no link was there
-        self._blobs: dict[str, int] = {}
-        self._incoming: dict[str, int] = {}
+        self._blobs = LinkBlobs()
         self._link: LinkClient | None = None
         self._slots = list(slots)
         given = settings.isolation.gpu_memory_gb
@@ -115,10 +93,13 @@ class Fits:
                 target=self._work_in, args=(slot,), name=f"slot-{slot.index}", daemon=True
             ).start()
 
-    def held(self) -> list[str]:
-        """Return the messages that run here, or whose results the server has not accepted."""
+    def held(self) -> list[grid_pb2.Held]:
+        """Return the fits that run here, or whose results the server has not accepted."""
         with self._lock:
-            return sorted(self._held)
+            return [
+                grid_pb2.Held(message_id=message_id, fingerprint=held.work.fingerprint)
+                for message_id, held in sorted(self._held.items())
+            ]
 
     def capacity(self) -> int:
         """Return how many fits can run here at a time, as far as is known yet."""
@@ -126,57 +107,66 @@ class Fits:
             return self._capacity()
 
     def use(self, link: LinkClient | None) -> None:
-        """Send results over this link from now on, beginning with those held."""
+        """Send results over this link from now on; of fits from before, when they are wanted."""
         with self._lock:
             self._link = link
-            channel.close_all(self._blobs.values())  # a new link sends its blobs anew
-            channel.close_all(self._incoming.values())
-            self._blobs.clear()
-            self._incoming.clear()
-            results = [result for result in self._held.values() if result is not None]
+            self._blobs.clear()  # a new link sends its blobs anew
+            for held in self._held.values():
+                held.wanted = False
             if link is not None:
                 self._send_capacity()  # it may have changed since the greeting
                 for message_id, reason in self._returns.items():
                     self._hand_back(message_id, reason)
                 self._returns.clear()
-                for result in results:
-                    link.send(result.events())
 
     def handle(self, event: grid_pb2.ToArrayTask) -> None:
         """Do what the server says."""
         if event.HasField("chunk"):
-            self._take_chunk(event.chunk)
-        elif event.HasField("work"):
             with self._lock:
-                self._held[event.work.message_id] = None
-                self._give((time.monotonic(), event.work))
+                self._blobs.take(event.chunk)
+        elif event.HasField("work"):
+            self._take(event.work)
+        elif event.HasField("keep"):
+            self._keep(event.keep.message_id)
         elif event.HasField("accepted"):
             self._forget(event.accepted.message_id)
         elif event.HasField("cancel"):
             self._forget(event.cancel.message_id)
-            self._pool.cancel(event.cancel.message_id)
         elif event.HasField("release"):
             with self._lock:
-                for digest in event.release.digests:
-                    channel.close_all([self._blobs.pop(digest, -1)])
+                self._blobs.release(list(event.release.digests))
 
-    def _take_chunk(self, chunk: grid_pb2.Chunk) -> None:
+    def _take(self, work: grid_pb2.Work) -> None:
+        """Take a fit; its arrays are its own, as a new link takes those of the old one away."""
         with self._lock:
-            fd = self._incoming.get(chunk.digest)
-            if fd is None:
-                fd = self._incoming[chunk.digest] = os.memfd_create(
-                    "fedhpc", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-                )
-            channel.append_memory(fd, chunk.data)
-            if chunk.offset + len(chunk.data) == chunk.size:
-                channel.seal_memory(fd)
-                self._blobs[chunk.digest] = self._incoming.pop(chunk.digest)
+            self._fits += 1
+            tag = f"{work.message_id} #{self._fits}"
+            held = self._held[work.message_id] = Held(work, tag, self._blobs.open(work))
+            self._give((time.monotonic(), held))
+
+    def _keep(self, message_id: str) -> None:
+        """Let the server have the result of a fit from before, as soon as it is there."""
+        with self._lock:
+            held = self._held.get(message_id)
+            if held is None:
+                return  # handed back meanwhile
+            held.wanted = True
+            if held.result is None:
+                return
+            if missing := held.result.missing_files(self._paths):
+                del self._held[message_id]
+                held.result.close()
+                self._hand_back(message_id, f"of its result {', '.join(missing)} is gone")
+            elif self._link is not None:
+                self._link.send(held.result.events())
 
     def _forget(self, message_id: str) -> None:
         with self._lock:
-            result = self._held.pop(message_id, None)
-        if result is not None:
-            channel.close_all(result.blobs)
+            held = self._held.pop(message_id, None)
+        if held is not None and held.result is not None:
+            held.result.close()
+        elif held is not None:
+            self._pool.cancel(held.tag)
 
     # --- slots ---
 
@@ -204,32 +194,31 @@ class Fits:
 
     def _work_in(self, slot: Slot) -> None:
         while (item := self._next(slot)) is not None:
-            queued_s, work = item
-            if not self._is_wanted(work):
-                continue  # cancelled while it waited
+            queued_s, held = item
             try:
-                result = self._run(work, slot, time.monotonic() - queued_s)
+                if not self._is_held(held):
+                    continue  # cancelled while it waited
+                result = self._run(held, slot, time.monotonic() - queued_s)
             except GpuLost as error:
-                self._lose(slot, work.message_id, error)
+                self._lose(slot, held, error)
                 continue
             except FitCancelled:
-                continue  # if it is held, it has come again, and waits
+                continue
+            finally:
+                channel.close_all(held.inputs.values())
             with self._lock:
-                if work.message_id not in self._held:
-                    channel.close_all(result.blobs)
+                if self._held.get(held.work.message_id) is not held:
+                    result.close()
                     continue
-                self._held[work.message_id] = result
-                if self._link is not None:
+                held.result = result
+                if self._link is not None and held.wanted:
                     self._link.send(result.events())
 
     def _capacity(self) -> int:
         """See `capacity`; the lock is held."""
         if self._config.isolation.slots_per_gpu != "auto":
             return len(self._slots)
-        gpus = {gpu: 0 for slot in self._slots for gpu in slot.gpus}
-        for slot in self._slots:
-            for gpu in slot.gpus:
-                gpus[gpu] += 1
+        gpus = Counter(gpu for slot in self._slots for gpu in slot.gpus)
         if not gpus:
             return len(self._slots)
         if self._need is None:  # the first fits have a GPU each, to learn what they need
@@ -249,70 +238,73 @@ class Fits:
             back = grid_pb2.HandBack(message_id=message_id, reason=reason)
             self._link.send([grid_pb2.FromArrayTask(hand_back=back)])
 
-    def _lose(self, slot: Slot, message_id: str, error: GpuLost) -> None:
+    def _lose(self, slot: Slot, held: Held, error: GpuLost) -> None:
         """Give up the slots of a GPU, and hand the fit back that was to run there."""
         logger.error("%s", error)
         with self._lock:
             self._slots = [other for other in self._slots if not set(other.gpus) & set(slot.gpus)]
-            self._held.pop(message_id, None)
             self._send_capacity()
-            if self._link is not None:
-                self._hand_back(message_id, error.message)
-            else:  # the server may be told just now that it is held here
-                self._returns[message_id] = error.message
+            message_id = held.work.message_id
+            if self._held.get(message_id) is held:
+                del self._held[message_id]
+                if self._link is not None:
+                    self._hand_back(message_id, error.message)
+                else:  # the server may be told just now that it is held here
+                    self._returns[message_id] = error.message
             useless = not self._slots
         if useless:
             self._on_useless(error)
 
     # --- one fit ---
 
-    def _run(self, work: grid_pb2.Work, slot: Slot, wait_s: float) -> _Result:
+    def _run(self, held: Held, slot: Slot, wait_s: float) -> Result:
         """Run a fit; what goes wrong is a result too, unless the fit can run again or elsewhere."""
-        fds: list[int] = []
+        work, fds = held.work, []
         try:
-            fds = self._open_inputs(work)  # once: a new link takes the blobs of the old one away
-            return self._run_again(work, fds, slot, wait_s)
+            fds = self._open_inputs(held)
+            return self._run_again(held, fds, slot, wait_s)
         except (GpuLost, FitCancelled):
             raise
         except FitFailed as error:
             final = isinstance(error, FitOutOfMemory)  # it had a GPU for itself
-            return _failure(work, slot, str(error), error.traceback, raised=True, final=final)
+            return failure(work, slot, str(error), error.traceback, raised=True, final=final)
         except FedHPCError as error:
             final = isinstance(error, FitKilled | ForkServerDied)  # it ran several times
-            return _failure(work, slot, str(error), final=final)
+            return failure(work, slot, str(error), final=final)
         except Exception as error:
             text = traceback.format_exc()
-            return _failure(work, slot, f"{type(error).__name__}: {error}", text)
+            return failure(work, slot, f"{type(error).__name__}: {error}", text)
         finally:
             channel.close_all(fds)
 
-    def _run_again(self, work: grid_pb2.Work, fds: list[int], slot: Slot, wait_s: float) -> _Result:
+    def _run_again(self, held: Held, fds: list[int], slot: Slot, wait_s: float) -> Result:
         """Run a fit, and again if somebody else killed it."""
         tries_left = _TRIES
         while True:
             tries_left -= 1
             try:
-                return self._try(work, fds, slot, wait_s)
+                return self._try(held, fds, slot, wait_s)
             except (ForkServerDied, FitKilled) as error:
                 if isinstance(error, FitKilled) and error.for_memory:
                     tries_left = min(tries_left, _TRIES_WITHOUT_MEMORY - 1)
-                if not (tries_left and self._is_wanted(work)):
+                if not (tries_left and self._is_held(held)):
                     raise
-                logger.warning("%s: %s; it runs again", work.message_id, error.message)
+                logger.warning("%s: %s; it runs again", held.work.message_id, error.message)
 
-    def _is_wanted(self, work: grid_pb2.Work) -> bool:
+    def _is_held(self, held: Held) -> bool:
+        """Return whether a fit was not cancelled meanwhile."""
         with self._lock:
-            return work.message_id in self._held
+            return self._held.get(held.work.message_id) is held
 
-    def _try(self, work: grid_pb2.Work, fds: list[int], slot: Slot, wait_s: float) -> _Result:
-        parts = message_ids.read(work.message_id)
+    def _try(self, held: Held, fds: list[int], slot: Slot, wait_s: float) -> Result:
+        parts = message_ids.read(held.work.message_id)
         kind = self._kind_of(parts.verb)
         usages: list[Usage] = []
         gpu = slot.gpus[0] if slot.gpus else None
 
         def begin(before_bytes: int | None) -> None:
             about = {
-                "message_id": work.message_id,
+                "message_id": held.work.message_id,
                 "client": parts.client_id,
                 "round": parts.server_round,
                 "verb": parts.verb,
@@ -320,8 +312,8 @@ class Fits:
                 "gpu": gpu and gpu.id,
             }
             usages.append(self._sampler.began(about, gpu, before_bytes))
-            if not self._is_wanted(work):  # cancelled while there was no child of its
-                self._pool.cancel(work.message_id)
+            if not self._is_held(held):  # cancelled while there was no child of its
+                self._pool.cancel(held.tag)
 
         gone: threading.Event | None = None
         more: dict[str, object] = {"ok": False}
@@ -332,7 +324,7 @@ class Fits:
                 slot=slot,
                 timeout_s=self._config.isolation.fit_timeout_s,
                 slot_timeout_s=self._config.isolation.slot_timeout_s,
-                tag=work.message_id,
+                tag=held.tag,
                 label=f"{self._paths.run_id}, {parts.verb} of client {parts.client_id}",
                 need=self._given or (lambda: self._peaks.need(kind)),
                 # A fit without neighbours may use more than those before it did.
@@ -340,7 +332,7 @@ class Fits:
                 on_admitted=begin,
             )
             gone = reply.gone
-            peak_mb = _mb(reply.gpu_peak_bytes) if gpu else reply.peak_rss_mb
+            peak_mb = mb(reply.gpu_peak_bytes) if gpu else reply.peak_rss_mb
             more = {"ok": True, "peak_mb": peak_mb}
         except FitOutOfMemory as error:
             if error.need_bytes:
@@ -353,8 +345,8 @@ class Fits:
             self._learn(kind, reply.gpu_peak_bytes, reply.gpu_context_bytes)
         message = grid_pb2.Result.FromString(bytes(channel.map_file(reply.buffers[0])))
         channel.close_all(reply.buffers[:1])
-        message.fit.CopyFrom(_as_message(reply, slot, wait_s))
-        return _Result(message, reply.buffers[1:])
+        message.fit.CopyFrom(fit_of(reply, slot, wait_s))
+        return Result(message, reply.buffers[1:])
 
     def _kind_of(self, verb: str) -> str:
         """Return the kind of a fit: those alike need about the same GPU memory."""
@@ -378,51 +370,17 @@ class Fits:
             if self._capacity() != before:
                 self._send_capacity()
 
-    def _open_inputs(self, work: grid_pb2.Work) -> list[int]:
+    def _open_inputs(self, held: Held) -> list[int]:
         """Return descriptors of the request and its blobs, this fit's own to close."""
+        work = held.work
         fds = [channel.write_memory([work.SerializeToString()])]
         try:
             for blob in work.blobs:
                 if blob.in_file:
                     fds.append(files.open_whole(self._paths.blob(blob.digest), blob.size))
                 else:
-                    with self._lock:
-                        fds.append(os.dup(self._blobs[blob.digest]))
+                    fds.append(held.inputs.pop(blob.digest))
         except (KeyError, PlatformError, OSError) as error:
             channel.close_all(fds)
             raise PlatformError(f"the arrays of {work.message_id} are gone: {error}") from error
         return fds
-
-
-def _mb(bytes_: int | None) -> float | None:
-    return None if bytes_ is None else round(bytes_ / _MB, 1)
-
-
-def _as_message(reply: Reply, slot: Slot, queued_s: float) -> grid_pb2.Fit:
-    return grid_pb2.Fit(
-        slot=slot.index,
-        wait_s=queued_s + reply.wait_s,
-        start_s=reply.start_s,
-        run_s=reply.run_s,
-        return_s=reply.return_s,
-        peak_rss_mb=reply.peak_rss_mb,
-        late_imports=reply.late_imports,
-        gpu=slot.gpus[0].id if slot.gpus else "",
-        gpu_before_mb=_mb(reply.gpu_before_bytes),
-        gpu_peak_mb=_mb(reply.gpu_peak_bytes),
-        out_of_memory=reply.out_of_memory,
-    )
-
-
-def _failure(
-    work: grid_pb2.Work,
-    slot: Slot,
-    reason: str,
-    text: str = "",
-    *,
-    raised: bool = False,
-    final: bool = False,
-) -> _Result:
-    failure = grid_pb2.Failure(reason=reason, traceback=text, raised=raised, final=final)
-    fit = grid_pb2.Fit(slot=slot.index)
-    return _Result(grid_pb2.Result(message_id=work.message_id, failure=failure, fit=fit))

@@ -143,7 +143,7 @@ def _failing(status: dict[str, Any]) -> str:
 
 
 def _waiting(status: dict[str, Any]) -> str:
-    """Return what fits wait for that have no slot on their node, with who holds it."""
+    """Return what fits wait for: a slot and who holds it, or the array task they are pinned to."""
     found = status.get("array_tasks")
     lines = [
         f"array task {link['array_task']}: {reason}"

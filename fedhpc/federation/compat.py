@@ -74,6 +74,11 @@ def message_from_bytes(data: bytes) -> Message:
     return message_from_proto(ProtoMessage.FromString(data))
 
 
+def content_of(message: bytes) -> bytes:
+    """Return the content of an encoded message, encoded: without metadata."""
+    return ProtoMessage.FromString(message).content.SerializeToString()
+
+
 def records_to_bytes(records: RecordDict) -> bytes:
     """Encode a RecordDict."""
     return recorddict_to_proto(records).SerializeToString()

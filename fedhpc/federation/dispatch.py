@@ -3,15 +3,30 @@
 Events come in as method calls, what to do goes out as `actions`. Every message is answered exactly
 once: by the first result that arrives, from whichever array task; by a failure, if the array tasks
 that ran it were lost again and again; or by being withdrawn.
+
+An array task that comes back says which fits it has from before. Those that nobody has asked for
+yet are *offers*: the server may be a new attempt that has not come as far again. An offer takes a
+slot until it is asked for, has become pointless, or the slot is needed.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
+
+from fedhpc.federation.offers import Offers
 
 
 @dataclass(frozen=True)
 class Assign:
     """Send the message to the link's array task."""
+
+    link: int
+    message_id: str
+
+
+@dataclass(frozen=True)
+class Keep:
+    """The link's array task has the message from before: its result is wanted."""
 
     link: int
     message_id: str
@@ -41,7 +56,7 @@ class Fail:
     reason: str
 
 
-Action = Assign | Cancel | Drop | Fail
+Action = Assign | Keep | Cancel | Drop | Fail
 
 
 @dataclass
@@ -49,6 +64,7 @@ class _Message:
     message_id: str
     order: int
     pin: int | None
+    fingerprint: str
     links: set[int] = field(default_factory=set)
     losses: int = 0
 
@@ -98,8 +114,11 @@ class Dispatch:
         self._orders = 0
         self._messages: dict[str, _Message] = {}
         self._links: dict[int, _Link] = {}
+        self._offers = Offers()
         self._actions: list[Action] = []
-        self._ticked_s: float | None = None
+        self._awake_s: float | None = None
+        self._patient_until_s = 0.0
+        self._awaited: set[int] = set()  # array tasks that may come back with fits
 
     # --- what is going on ---
 
@@ -119,8 +138,14 @@ class Dispatch:
         return sum(1 for message in self._messages.values() if message.links)
 
     def running_on(self, link: int) -> int:
-        """How many messages a link's array task has."""
-        return len(self._links[link].assigned) if link in self._links else 0
+        """How many messages a link's array task has, offers included."""
+        found = self._links.get(link)  # at once: other threads ask too
+        return len(found.assigned) + len(self._offers.of(link)) if found else 0
+
+    def waiting_for(self, array_task: int) -> int:
+        """How many messages wait for an array task, as they are pinned to it."""
+        messages = list(self._messages.values())
+        return sum(message.pin == array_task and not message.links for message in messages)
 
     def links_of(self, array_task: int) -> list[int]:
         """Return the links of an array task."""
@@ -128,8 +153,28 @@ class Dispatch:
 
     # --- events ---
 
-    def submit(self, message_id: str, client_id: int) -> None:
+    def expect_back(self, until_s: float) -> None:
+        """Give no work out until every array task is there: they may hold fits from before.
+
+        Parameters
+        ----------
+        until_s : float
+            When to wait no longer.
+        """
+        self._awaited = set(range(self._array_tasks))
+        self._patient_until_s = until_s
+
+    def submit(self, message_id: str, client_id: int, fingerprint: str = "") -> None:
         """Add a message that wants one answer.
+
+        Parameters
+        ----------
+        message_id : str
+            The same for the same fit in every attempt of the server.
+        client_id : int
+            The one that is asked.
+        fingerprint : str
+            Of what is asked; an offer with another one is no answer.
 
         Raises
         ------
@@ -139,8 +184,11 @@ class Dispatch:
         if message_id in self._messages:
             raise ValueError(f"message {message_id} is open already")
         pin = client_id % self._array_tasks if self._pinned else None
-        self._messages[message_id] = _Message(message_id, self._orders, pin)
+        message = _Message(message_id, self._orders, pin, fingerprint)
+        self._messages[message_id] = message
         self._orders += 1
+        for link, held in self._offers.ask(message_id):
+            self._keep_or_cancel(link, message, held)
 
     def withdraw(self, message_id: str) -> None:
         """Forget a message; whoever runs it is told."""
@@ -148,7 +196,9 @@ class Dispatch:
         if message is not None:
             self._release(message, cancel_except=None)
 
-    def join(self, link: int, array_task: int, slots: int, held: list[str], now_s: float) -> None:
+    def join(
+        self, link: int, array_task: int, slots: int, held: Mapping[str, str], now_s: float
+    ) -> None:
         """Note a new link of an array task; an older one of the same array task is dropped.
 
         Parameters
@@ -159,21 +209,22 @@ class Dispatch:
             Its index.
         slots : int
             Fits it runs at a time.
-        held : list of str
-            Messages that it runs, or holds results of, from before.
+        held : mapping
+            Messages that it runs, or holds results of, from before, with their fingerprints.
         now_s : float
             The clock.
         """
         for older in self.links_of(array_task):
             self._lose(older, f"array task {array_task} connected again", blame=False)
-        new = self._links[link] = _Link(array_task, slots, now_s)
-        for message_id in held:
-            message = self._messages.get(message_id)
-            if message is None:
+        self._awaited.discard(array_task)
+        self._links[link] = _Link(array_task, slots, now_s)
+        for message_id, fingerprint in held.items():
+            if message := self._messages.get(message_id):
+                self._keep_or_cancel(link, message, fingerprint)
+            elif self._offers.is_past(message_id):
                 self._actions.append(Cancel(link, message_id))
             else:
-                message.links.add(link)
-                new.assigned.add(message_id)
+                self._offers.add(link, message_id, fingerprint)
         if len(self._links) >= self._min_array_tasks:
             self._started = True
 
@@ -183,15 +234,25 @@ class Dispatch:
             self._links[link].slots = slots
 
     def hand_back(self, link: int, message_id: str, reason: str) -> None:
-        """Note that a link's array task cannot run a message that it was given."""
+        """Note that a link's array task cannot run a message that it was given, or offered."""
+        self._offers.remove(link, message_id)
         if link in self._links and message_id in self._links[link].assigned:
             self._links[link].assigned.discard(message_id)
             self._take_away(link, self._links[link], message_id, reason, blame=True)
 
-    def leave(self, link: int, reason: str = "its stream broke") -> None:
-        """Note that a link is gone."""
+    def leave(self, link: int, now_s: float, reason: str = "its stream broke") -> None:
+        """Note that a link is gone.
+
+        Soon after we were stalled ourselves it is not to blame: it will have found us silent. Then
+        no work is given out until it is back, for up to the liveness timeout, so that others do
+        not begin what it still holds.
+        """
+        self._note_awake(now_s)
         if link in self._links:
-            self._lose(link, reason)
+            patient = now_s < self._patient_until_s
+            if patient:
+                self._awaited.add(self._links[link].array_task)
+            self._lose(link, reason, blame=not patient)
 
     def heard(self, link: int, now_s: float) -> None:
         """Note a sign of life."""
@@ -210,13 +271,9 @@ class Dispatch:
 
     def tick(self, now_s: float) -> None:
         """Let time pass. To be called several times within the liveness timeout."""
-        if self._ticked_s is not None:
-            gap_s = now_s - self._ticked_s
-            if gap_s > self._liveness_timeout_s / 2:
-                # We were stalled ourselves and read nothing meanwhile: blame nobody.
-                for link in self._links.values():
-                    link.heard_s = min(link.heard_s + gap_s, now_s)
-        self._ticked_s = now_s
+        self._note_awake(now_s)
+        if now_s >= self._patient_until_s:
+            self._awaited.clear()
         for number, link in list(self._links.items()):
             silence_s = now_s - link.heard_s
             if silence_s > self._liveness_timeout_s:
@@ -224,42 +281,78 @@ class Dispatch:
 
     def actions(self) -> list[Action]:
         """Return what to do now, in order, and forget it."""
+        for link, message_id in self._offers.past():
+            self._cancel_offer(link, message_id)
         self._assign()
         actions, self._actions = self._actions, []
         return actions
 
     # --- inside ---
 
+    def _note_awake(self, now_s: float) -> None:
+        """Blame nobody for silence while we were stalled ourselves, and read nothing."""
+        gap_s = 0.0 if self._awake_s is None else now_s - self._awake_s
+        if gap_s > self._liveness_timeout_s / 2:
+            for link in self._links.values():
+                link.heard_s = min(link.heard_s + gap_s, now_s)
+            self._patient_until_s = now_s + self._liveness_timeout_s
+        self._awake_s = now_s
+
     def _assign(self) -> None:
-        if not self._started:
+        if not self._started or self._awaited:
             return
-        free = {
-            number: link.slots - len(link.assigned)
-            for number, link in self._links.items()
-            if len(link.assigned) < link.slots
-        }
+        free = {number: count for number in self._links if (count := self._free(number)) > 0}
         waiting = sorted(
             (message for message in self._messages.values() if not message.links),
             key=lambda message: message.order,
         )
         for message in waiting:
-            if not free:
+            if not (free or self._offers.links()):
                 return
-            eligible = [
-                number
-                for number in free
-                if message.pin is None or self._links[number].array_task == message.pin
-            ]
-            if not eligible:
+            eligible = [number for number in free if self._may_run(number, message)]
+            if eligible:
+                # The emptiest link first, so that few fits spread over all nodes.
+                link = max(eligible, key=lambda number: (free[number], -number))
+            elif (found := self._make_room(message)) is not None:
+                link = found
+            else:
                 continue
-            # The emptiest link first, so that few fits spread over all nodes.
-            link = max(eligible, key=lambda number: (free[number], -number))
             message.links.add(link)
             self._links[link].assigned.add(message.message_id)
             self._actions.append(Assign(link, message.message_id))
-            free[link] -= 1
-            if free[link] == 0:
+            free[link] = self._free(link)
+            if free[link] <= 0:
                 del free[link]
+
+    def _free(self, number: int) -> int:
+        """Return how many slots of a link have neither a message nor an offer."""
+        return self._links[number].slots - self.running_on(number)
+
+    def _may_run(self, number: int, message: _Message) -> bool:
+        return message.pin is None or self._links[number].array_task == message.pin
+
+    def _make_room(self, message: _Message) -> int | None:
+        """Cancel offers of a link that may run a message, and return it; None if there is none."""
+        for number in self._offers.links():
+            link = self._links[number]
+            if len(link.assigned) < link.slots and self._may_run(number, message):
+                while self._free(number) <= 0:
+                    self._cancel_offer(number, min(self._offers.of(number)))
+                return number
+        return None
+
+    def _keep_or_cancel(self, number: int, message: _Message, fingerprint: str) -> None:
+        """Take what a link holds for an answer, if it answers what is asked."""
+        if fingerprint == message.fingerprint:
+            message.links.add(number)
+            self._links[number].assigned.add(message.message_id)
+            self._actions.append(Keep(number, message.message_id))
+        else:
+            self._actions.append(Cancel(number, message.message_id))
+
+    def _cancel_offer(self, number: int, message_id: str) -> None:
+        self._offers.remove(number, message_id)
+        self._actions.append(Cancel(number, message_id))
 
     def _release(self, message: _Message, cancel_except: int | None) -> None:
         for number in sorted(message.links):
@@ -269,6 +362,7 @@ class Dispatch:
 
     def _lose(self, number: int, reason: str, *, blame: bool = True) -> None:
         link = self._links.pop(number)
+        self._offers.remove_all(number)
         self._actions.append(Drop(number, reason))
         for message_id in sorted(link.assigned):
             self._take_away(number, link, message_id, reason, blame=blame)

@@ -6,7 +6,7 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class ToArrayTask(_message.Message):
-    __slots__ = ("welcome", "chunk", "work", "accepted", "cancel", "release", "heartbeat", "finish")
+    __slots__ = ("welcome", "chunk", "work", "accepted", "cancel", "release", "heartbeat", "finish", "keep")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
     CHUNK_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
@@ -15,6 +15,7 @@ class ToArrayTask(_message.Message):
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
     FINISH_FIELD_NUMBER: _ClassVar[int]
+    KEEP_FIELD_NUMBER: _ClassVar[int]
     welcome: Welcome
     chunk: Chunk
     work: Work
@@ -23,7 +24,8 @@ class ToArrayTask(_message.Message):
     release: Release
     heartbeat: Heartbeat
     finish: Finish
-    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ...) -> None: ...
+    keep: Keep
+    def __init__(self, welcome: _Optional[_Union[Welcome, _Mapping]] = ..., chunk: _Optional[_Union[Chunk, _Mapping]] = ..., work: _Optional[_Union[Work, _Mapping]] = ..., accepted: _Optional[_Union[Accepted, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., finish: _Optional[_Union[Finish, _Mapping]] = ..., keep: _Optional[_Union[Keep, _Mapping]] = ...) -> None: ...
 
 class FromArrayTask(_message.Message):
     __slots__ = ("hello", "chunk", "result", "heartbeat", "slots", "hand_back")
@@ -59,11 +61,19 @@ class Hello(_message.Message):
     host: str
     job_id: str
     pid: int
-    held: _containers.RepeatedScalarFieldContainer[str]
+    held: _containers.RepeatedCompositeFieldContainer[Held]
     version: str
     gpus: _containers.RepeatedScalarFieldContainer[str]
     lock_folder: str
-    def __init__(self, run_id: _Optional[str] = ..., array_task: _Optional[int] = ..., slots: _Optional[int] = ..., host: _Optional[str] = ..., job_id: _Optional[str] = ..., pid: _Optional[int] = ..., held: _Optional[_Iterable[str]] = ..., version: _Optional[str] = ..., gpus: _Optional[_Iterable[str]] = ..., lock_folder: _Optional[str] = ...) -> None: ...
+    def __init__(self, run_id: _Optional[str] = ..., array_task: _Optional[int] = ..., slots: _Optional[int] = ..., host: _Optional[str] = ..., job_id: _Optional[str] = ..., pid: _Optional[int] = ..., held: _Optional[_Iterable[_Union[Held, _Mapping]]] = ..., version: _Optional[str] = ..., gpus: _Optional[_Iterable[str]] = ..., lock_folder: _Optional[str] = ...) -> None: ...
+
+class Held(_message.Message):
+    __slots__ = ("message_id", "fingerprint")
+    MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    message_id: str
+    fingerprint: str
+    def __init__(self, message_id: _Optional[str] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class Welcome(_message.Message):
     __slots__ = ("attempt",)
@@ -126,16 +136,24 @@ class Release(_message.Message):
     def __init__(self, digests: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class Work(_message.Message):
-    __slots__ = ("message_id", "payload", "blobs")
+    __slots__ = ("message_id", "payload", "blobs", "fingerprint")
     MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     BLOBS_FIELD_NUMBER: _ClassVar[int]
+    FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     message_id: str
     payload: bytes
     blobs: _containers.RepeatedCompositeFieldContainer[Blob]
-    def __init__(self, message_id: _Optional[str] = ..., payload: _Optional[bytes] = ..., blobs: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ...) -> None: ...
+    fingerprint: str
+    def __init__(self, message_id: _Optional[str] = ..., payload: _Optional[bytes] = ..., blobs: _Optional[_Iterable[_Union[Blob, _Mapping]]] = ..., fingerprint: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
+    __slots__ = ("message_id",)
+    MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
+    message_id: str
+    def __init__(self, message_id: _Optional[str] = ...) -> None: ...
+
+class Keep(_message.Message):
     __slots__ = ("message_id",)
     MESSAGE_ID_FIELD_NUMBER: _ClassVar[int]
     message_id: str

@@ -126,8 +126,14 @@ class LinkClient:
             yield from events
 
     def _keep_alive(self) -> None:
+        looked_s = time.monotonic()
         while not self._closed.wait(self._liveness_timeout_s / 5):
+            now_s = time.monotonic()
+            if now_s - looked_s > self._liveness_timeout_s / 2:
+                # We were stalled ourselves, and read nothing meanwhile: that is not the server's.
+                self._heard_s = min(self._heard_s + now_s - looked_s, now_s)
+            looked_s = now_s
             self.send([Event(heartbeat=grid_pb2.Heartbeat(waiting=self._waiting()))])
-            if time.monotonic() - self._heard_s > self._liveness_timeout_s:
+            if now_s - self._heard_s > self._liveness_timeout_s:
                 self._call.cancel()
                 return

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -17,31 +17,17 @@ from fedhpc import files
 from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import dispatch, grid_pb2, link
 from fedhpc.federation.blobs import BlobStore
+from fedhpc.federation.peer import Peer, clash
 from fedhpc.federation.transport import Request, Response
 from fedhpc.paths import RunPaths
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_REJOIN_S = 3.0  # within it array tasks have seen the address of a new attempt
+
 ToArrayTask = grid_pb2.ToArrayTask
 _Context = Any  # grpc.aio.ServicerContext; grpc ships no types
-
-
-@dataclass(eq=False)
-class _Peer:
-    """One connected array task."""
-
-    number: int
-    hello: grid_pb2.Hello
-    outgoing: asyncio.Queue[ToArrayTask | None] = field(default_factory=asyncio.Queue)
-    sent: set[str] = field(default_factory=set)
-    arriving: dict[str, bytearray] = field(default_factory=dict)
-    arrived: dict[str, memoryview] = field(default_factory=dict)
-    slots: int = 0
-    waiting: list[str] = field(default_factory=list)
-    dropped: asyncio.Future[str] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
 
 
 @dataclass
@@ -98,12 +84,12 @@ class LinkServer:
         self._paths = paths
         self._store = BlobStore(paths, options.inline_bytes)
         self._credentials = credentials
-        self._peers: dict[int, _Peer] = {}
+        self._peers: dict[int, Peer] = {}
         self._numbers = itertools.count(1)
         self._requests: dict[str, Request] = {}
         self._responses: dict[str, Response] = {}
         self._news = threading.Condition()
-        self._known: dict[int, _Peer] = {}  # by array task
+        self._known: dict[int, Peer] = {}  # by array task
         self._done: Counter[int] = Counter()
         self._failed: Counter[int] = Counter()
         self._lonely_since_s = time.monotonic()
@@ -122,17 +108,19 @@ class LinkServer:
     def finish(self, reason: str | None, timeout_s: float = 5.0) -> None:
         """Tell every array task to leave, wait for them up to ``timeout_s``, and stop.
 
-        Without a reason nobody is told: the array tasks are to wait for the next attempt.
+        Without a reason nobody is told: the array tasks are to wait for the next attempt, and the
+        files of the results that they hold stay.
         """
         if self._thread.is_alive():  # it may be told twice
             with contextlib.suppress(TimeoutError, RuntimeError):
                 self._await(self._say_goodbye(reason, timeout_s), timeout_s + 5)
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout_s)
-        # With them go the files of results that came late or twice.
-        with contextlib.suppress(OSError, Superseded):  # another server's, or nobody's
-            for path in list(self._paths.blobs.iterdir()):
-                files.remove(path)
+        if reason is not None:
+            # With them go the files of results that came late or twice.
+            with contextlib.suppress(OSError, Superseded):  # another server's, or nobody's
+                for path in list(self._paths.blobs.iterdir()):
+                    files.remove(path)
 
     def array_tasks(self) -> list[dict[str, Any]]:
         """Return what is known of each array task that has ever come, for status.json."""
@@ -147,10 +135,15 @@ class LinkServer:
                 "running": self._machine.running_on(peer.number),
                 "done": self._done[index],
                 "failed": self._failed[index],
-                "waiting": peer.waiting if peer.number in self._peers else [],
+                "waiting": (peer.waiting if peer.number in self._peers else self._pinned_to(index)),
             }
             for index, peer in sorted(self._known.items())
         ]
+
+    def _pinned_to(self, array_task: int) -> list[str]:
+        """Return what waits for an array task that is gone, in words."""
+        fits = self._machine.waiting_for(array_task)
+        return [f"{fits} fits wait until it is back (federation.placement: pinned)"] if fits else []
 
     # --- Transport ---
 
@@ -165,7 +158,8 @@ class LinkServer:
                     peer.outgoing.put_nowait(ToArrayTask(release=grid_pb2.Release(digests=gone)))
             for request in requests:
                 self._requests[request.message_id] = request
-                self._machine.submit(request.message_id, request.client_id)
+                fingerprint = request.packed.fingerprint()
+                self._machine.submit(request.message_id, request.client_id, fingerprint)
             self._act()
 
         self._loop.call_soon_threadsafe(submit)
@@ -230,6 +224,9 @@ class LinkServer:
                 "name an interface or address of the server's node",
             ) from error
         await self._server.start()
+        if self._options.attempt > 1:
+            self._machine.expect_back(time.monotonic() + _REJOIN_S)
+            self._loop.call_later(_REJOIN_S, self._look)
         self._ticker = asyncio.create_task(self._tick())
         return port
 
@@ -247,14 +244,17 @@ class LinkServer:
             await self._server.stop(grace=0)
 
     async def _tick(self) -> None:
-        pause_s = self._options.liveness_timeout_s / 5
         while True:
-            await asyncio.sleep(pause_s)
-            self._machine.tick(time.monotonic())
+            await asyncio.sleep(self._options.liveness_timeout_s / 5)
+            self._look()
             for peer in self._peers.values():
                 if peer.outgoing.empty():
                     peer.outgoing.put_nowait(ToArrayTask(heartbeat=grid_pb2.Heartbeat()))
-            self._act()
+
+    def _look(self) -> None:
+        """Let the state machine see what time it is."""
+        self._machine.tick(time.monotonic())
+        self._act()
 
     async def _connect(
         self, requests: AsyncIterator[grid_pb2.FromArrayTask], context: _Context
@@ -270,19 +270,18 @@ class LinkServer:
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"this is run {self._options.run_id}, not {hello.run_id}",
             )
-        if problem := self._clash(hello):
+        if problem := clash(hello, [peer.hello for peer in self._peers.values()]):
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, problem)
-        peer = _Peer(next(self._numbers), hello, slots=hello.slots)
+        peer = Peer(next(self._numbers), hello, hello.slots)
         peer.outgoing.put_nowait(
             ToArrayTask(welcome=grid_pb2.Welcome(attempt=self._options.attempt))
         )
         self._peers[peer.number] = self._known[hello.array_task] = peer
-        self._machine.join(
-            peer.number, hello.array_task, hello.slots, list(hello.held), time.monotonic()
-        )
+        held = {fit.message_id: fit.fingerprint for fit in hello.held}
+        self._machine.join(peer.number, hello.array_task, hello.slots, held, time.monotonic())
         logger.info(
-            "array task %d (job %s) connected from %s with %d slots",
-            hello.array_task, hello.job_id, hello.host, hello.slots,
+            "array task %d (job %s) connected from %s with %d slots and %d fits from before",
+            hello.array_task, hello.job_id, hello.host, hello.slots, len(held),
         )  # fmt: skip
         self._act()
         tasks: list[asyncio.Future[Any]] = [
@@ -305,32 +304,18 @@ class LinkServer:
             if not self._peers:
                 self._lonely_since_s = time.monotonic()
             logger.info("array task %d is gone: %s", hello.array_task, reason)
-            self._machine.leave(peer.number, reason)
+            self._machine.leave(peer.number, time.monotonic(), reason)
             self._act()
+            for waits in self._pinned_to(hello.array_task):
+                logger.warning("array task %d: %s", hello.array_task, waits)
         if peer.dropped.done() and not peer.dropped.cancelled():
             await context.abort(grpc.StatusCode.ABORTED, reason)
 
-    def _clash(self, hello: grid_pb2.Hello) -> str:
-        """Return why an array task must not work beside the others on its node; "" if it may."""
-        for peer in self._peers.values():
-            other = peer.hello
-            if other.array_task == hello.array_task:
-                continue  # this one before it was requeued or lost its stream
-            shared = [gpu for gpu in hello.gpus if gpu in other.gpus and not gpu.isdigit()]
-            # A UUID is one GPU of the world.
-            if shared and other.lock_folder != hello.lock_folder:
-                return (
-                    f"array tasks {other.array_task} and {hello.array_task} share GPU {shared[0]},"
-                    " but do not see the same folder of slot locks (a /tmp for each job?); name a"
-                    " folder of the node that both see with isolation.lock_dir"
-                )
-        return ""
-
-    async def _read(self, peer: _Peer, requests: AsyncIterator[grid_pb2.FromArrayTask]) -> None:
+    async def _read(self, peer: Peer, requests: AsyncIterator[grid_pb2.FromArrayTask]) -> None:
         async for event in requests:
             self._machine.heard(peer.number, time.monotonic())
             if event.HasField("chunk"):
-                self._take_chunk(peer, event.chunk)
+                peer.take_chunk(event.chunk, max(self._options.inline_bytes, link.CHUNK))
             elif event.HasField("result"):
                 self._take_result(peer, event.result)
             elif event.HasField("heartbeat"):
@@ -345,7 +330,7 @@ class LinkServer:
                 self._machine.hand_back(peer.number, back.message_id, back.reason)
                 self._act()
 
-    async def _write(self, peer: _Peer, context: _Context) -> None:
+    async def _write(self, peer: Peer, context: _Context) -> None:
         while (event := await peer.outgoing.get()) is not None:
             if event.HasField("work"):
                 if event.work.message_id not in self._requests:
@@ -358,27 +343,11 @@ class LinkServer:
                     peer.sent.add(blob.digest)
             await context.write(event)
 
-    def _take_chunk(self, peer: _Peer, chunk: grid_pb2.Chunk) -> None:
-        # A result's blobs come before it, and at most the slots' results are under way.
-        buffer = peer.arriving.setdefault(chunk.digest, bytearray())
-        if len(buffer) != chunk.offset or chunk.size > max(self._options.inline_bytes, link.CHUNK):
-            raise PlatformError(
-                f"a chunk of {chunk.digest[:12]} at {chunk.offset} of {chunk.size} bytes was not"
-                f" expected after {len(buffer)} bytes"
-            )
-        buffer += chunk.data
-        if len(buffer) == chunk.size:
-            peer.arrived[chunk.digest] = memoryview(peer.arriving.pop(chunk.digest))
-
-    def _take_result(self, peer: _Peer, result: grid_pb2.Result) -> None:
+    def _take_result(self, peer: Peer, result: grid_pb2.Result) -> None:
         peer.outgoing.put_nowait(
             ToArrayTask(accepted=grid_pb2.Accepted(message_id=result.message_id))
         )
-        arrived = {
-            blob.digest: peer.arrived[blob.digest] for blob in result.blobs if not blob.in_file
-        }
-        for digest in arrived:
-            del peer.arrived[digest]
+        arrived = peer.take_blobs(result)
         if self._machine.answered(peer.number, result.message_id):
             failed = result.HasField("failure")
             (self._failed if failed else self._done)[peer.hello.array_task] += 1
@@ -418,6 +387,9 @@ class LinkServer:
                 continue
             if isinstance(action, dispatch.Assign):
                 peer.outgoing.put_nowait(ToArrayTask(work=self._work(action.message_id)))
+            elif isinstance(action, dispatch.Keep):
+                keep = grid_pb2.Keep(message_id=action.message_id)
+                peer.outgoing.put_nowait(ToArrayTask(keep=keep))
             elif isinstance(action, dispatch.Cancel):
                 cancel = grid_pb2.Cancel(message_id=action.message_id)
                 peer.outgoing.put_nowait(ToArrayTask(cancel=cancel))
@@ -430,4 +402,5 @@ class LinkServer:
             message_id=message_id,
             payload=packed.payload.SerializeToString(),
             blobs=[self._store.describe(blob) for blob in packed.blobs],
+            fingerprint=packed.fingerprint(),
         )

@@ -148,10 +148,32 @@ class ArrayCache:
 
 @dataclass(frozen=True)
 class Packed:
-    """A message (and a client's state) ready to travel."""
+    """A message (and a client's state) ready to travel.
+
+    Attributes
+    ----------
+    payload : Payload
+        All but the arrays.
+    blobs : list of Blob
+        The arrays, each once.
+    content_digest : bytes
+        SHA-256 of the message's content without data of arrays and metadata.
+    """
 
     payload: grid_pb2.Payload
     blobs: list[Blob]
+    content_digest: bytes = b""
+
+    def fingerprint(self) -> str:
+        """Return a digest of what is asked: content, arrays, state and seed.
+
+        Not of Flower's metadata, where the time of creation is: it is the same whenever the same is
+        asked again.
+        """
+        payload = self.payload
+        arrays = sorted((entry.of_state, entry.record, entry.digest) for entry in payload.arrays)
+        question = (payload.seed, payload.client_id, arrays, payload.state, self.content_digest)
+        return hashlib.sha256(repr(question).encode()).hexdigest()
 
 
 def pack(message: Message, state: RecordDict | None, cache: ArrayCache) -> Packed:
@@ -186,7 +208,8 @@ def pack(message: Message, state: RecordDict | None, cache: ArrayCache) -> Packe
     payload.message = compat.message_to_bytes(message)
     if state:
         payload.state = compat.records_to_bytes(strip(state, of_state=True))
-    return Packed(payload, list(blobs.values()))
+    content_digest = hashlib.sha256(compat.content_of(payload.message)).digest()
+    return Packed(payload, list(blobs.values()), content_digest)
 
 
 def unpack(

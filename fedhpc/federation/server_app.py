@@ -15,7 +15,6 @@ from fedhpc import allotment, config, environment
 from fedhpc.federation import compat, seeds, strategies
 from fedhpc.federation.payload import BytesLike, decode_arrays, encode_arrays
 from fedhpc.isolation import ChildPool, Need, PoolOptions, Slot, channel
-from fedhpc.isolation.calls import DEFAULT_PRELOAD
 from fedhpc.isolation.nvml import open_nvml
 from fedhpc.paths import RunPaths
 
@@ -36,7 +35,8 @@ def main(grid: Grid, context: Context) -> None:
         threads_per_fit=isolation.threads_per_fit,
         standby=False,
         huge_pages=False,  # one child a round: it would not pay
-        preload=(*DEFAULT_PRELOAD, "sklearn.metrics", f"{_MODULE}_children"),
+        # No optimizer steps here: without torch._dynamo the first model is there sooner.
+        preload=("numpy", "torch", "sklearn.metrics", f"{_MODULE}_children"),
         prepare=f"{_MODULE}_children:prepare",
         prepare_arg=run_dir,
         prepare_early=True,

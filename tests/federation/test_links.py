@@ -4,9 +4,9 @@ import queue
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import grpc
 import pytest
@@ -29,14 +29,20 @@ LIVENESS_S = 1.0
 class Service:
     """A link server with its certificates."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, placement: Literal["any", "pinned"] = "any", **options: Any
+    ) -> None:
         self.paths = RunPaths(folder / "run")
         self.paths.blobs.mkdir(parents=True)
         certificates.create(self.paths.secrets)
         compat.set_identity("run")
         settings = {"liveness_timeout_s": LIVENESS_S, "on_idle": lambda *_: None, **options}
         self.links = LinkServer(
-            Dispatch(array_tasks=2, liveness_timeout_s=settings["liveness_timeout_s"]),
+            Dispatch(
+                array_tasks=2,
+                placement=placement,
+                liveness_timeout_s=settings["liveness_timeout_s"],
+            ),
             LinkOptions("run", 1, inline_bytes=10_000_000, **settings),
             self.paths,
             certificates.server_credentials(self.paths.secrets),
@@ -50,8 +56,8 @@ class Service:
         credentials = certificates.client_credentials(self.paths.secrets)
         return Peer(LinkClient(self.address, credentials, hello, 3 * LIVENESS_S))
 
-    def send(self, *message_ids: str, blob: Blob | None = None) -> None:
-        packed = Packed(grid_pb2.Payload(message=b"work"), [blob] if blob else [])
+    def send(self, *message_ids: str, blob: Blob | None = None, seed: int = 0) -> None:
+        packed = Packed(grid_pb2.Payload(message=b"work", seed=seed), [blob] if blob else [])
         self.links.send([Request(message_id, 0, packed) for message_id in message_ids])
 
 
@@ -79,6 +85,15 @@ class Peer:
                 raise event
             if event.HasField(kind):
                 return event
+
+    def next_of(self, *kinds: str) -> tuple[str, str]:
+        """Return the kind and the message of the next event of some kinds."""
+        while True:
+            event = self.events.get(timeout=10)
+            if isinstance(event, Exception):
+                raise event
+            if (kind := event.WhichOneof("event")) in kinds:
+                return kind, getattr(event, kind).message_id
 
     def answer(self, message_id: str, payload: bytes = b"") -> None:
         result = grid_pb2.Result(message_id=message_id, payload=payload)
@@ -289,12 +304,67 @@ def test_an_array_task_that_comes_back_keeps_what_it_holds(service: Service) -> 
     first = service.client()
     first.next("welcome")
     service.send("a")
-    first.next("work")
+    fingerprint = first.next("work").work.fingerprint
     first.client.close()
-    again = service.client(held=["a", "long-gone"])
-    assert again.next("cancel").cancel.message_id == "long-gone"
+    again = service.client(held=[grid_pb2.Held(message_id="a", fingerprint=fingerprint)])
+    assert again.next("keep").keep.message_id == "a"
     again.answer("a")
     assert [response.message_id for response in service.links.receive(["a"], 5)] == ["a"]
+
+
+def test_what_a_server_asks_after_it_came_back_is_kept_only_if_it_is_the_same(
+    service: Service,
+) -> None:
+    messages = ["r00003-c000000-train-0", "r00003-c000001-train-0", "r00002-c000002-train-0"]
+    fingerprint = Packed(grid_pb2.Payload(message=b"work"), []).fingerprint()
+    held = [grid_pb2.Held(message_id=each, fingerprint=fingerprint) for each in messages]
+    peer = service.client(held=held)
+    peer.next("welcome")
+    service.send(messages[0])
+    kinds = [(peer.next_of("keep", "cancel", "work")) for _ in range(2)]
+    assert kinds == [("keep", messages[0]), ("cancel", messages[2])]
+    service.send(messages[1], seed=5)
+    kinds = [(peer.next_of("keep", "cancel", "work")) for _ in range(2)]
+    assert kinds == [("cancel", messages[1]), ("work", messages[1])]
+    for message_id in messages[:2]:
+        peer.answer(message_id)
+        assert service.links.receive([message_id], 5)
+
+
+@pytest.mark.parametrize("goes_on", [True, False])
+def test_the_files_of_results_stay_where_the_run_goes_on(tmp_path: Path, goes_on: bool) -> None:
+    service = Service(tmp_path)
+    file = service.paths.result_blob("r00001-c000001-train-0", "d")
+    file.write_bytes(b"x")
+    service.links.finish(None if goes_on else "finished")
+    assert file.exists() == goes_on
+
+
+def test_fits_that_wait_for_a_pinned_array_task_are_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = Service(tmp_path, placement="pinned")
+    first, second = service.client(0), service.client(1)
+    first.next("welcome")
+    second.next("welcome")
+    with caplog.at_level("WARNING"):
+        service.send("a", "b", "c")  # all of client 0
+        first.next("work")
+        first.client.close()
+        waits = ["3 fits wait until it is back (federation.placement: pinned)"]
+        assert _eventually(lambda: service.links.array_tasks()[0]["waiting"] == waits)
+    assert service.links.array_tasks()[1]["waiting"] == []
+    assert f"array task 0: {waits[0]}" in caplog.text
+    service.client(0).next("work")
+    assert service.links.array_tasks()[0]["waiting"] == []
+    service.links.finish("over")
+
+
+def _eventually(condition: Callable[[], bool], timeout_s: float = 10) -> bool:
+    deadline_s = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    return condition()
 
 
 def test_a_withdrawn_message_is_cancelled(service: Service) -> None:
@@ -360,5 +430,29 @@ def test_an_array_task_notices_a_server_that_falls_silent(tmp_path: Path) -> Non
     with pytest.raises(PlatformError, match="the server was silent"):
         list(client.events())
     assert time.monotonic() - start_s < 5
+    client.close()
+    service.links.finish("over", timeout_s=1)
+
+
+def test_an_array_task_that_was_stalled_itself_does_not_blame_the_server(tmp_path: Path) -> None:
+    service = Service(tmp_path, liveness_timeout_s=4.0)
+    stalled = threading.Event()
+
+    def waiting() -> list[str]:
+        """Hold up the thread of heartbeats once, as the test does with that of events."""
+        if not stalled.is_set():
+            stalled.set()
+            time.sleep(2.5)
+        return []
+
+    credentials = certificates.client_credentials(service.paths.secrets)
+    hello = grid_pb2.Hello(run_id="run", slots=1)
+    client = LinkClient(service.address, credentials, hello, 1.5, waiting)
+    events = client.events()
+    assert next(events).HasField("welcome")
+    assert stalled.wait(5)
+    time.sleep(3.0)
+    service.send("a")
+    assert any(event.HasField("work") for event in events)
     client.close()
     service.links.finish("over", timeout_s=1)

@@ -167,8 +167,10 @@ def test_a_fit_that_was_killed_after_a_new_link_runs_again_with_its_arrays(tmp_p
     pool.during = lambda: fits.use(link)  # type: ignore[arg-type]
     fits.handle(grid_pb2.ToArrayTask(chunk=chunk))
     fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert wait_until(lambda: pool.calls == 3)
+    keep = grid_pb2.Keep(message_id=work.message_id)
+    fits.handle(grid_pb2.ToArrayTask(keep=keep))  # before or after its end
     assert link.came.wait(5)
-    assert pool.calls == 3
     assert "killed by SIGKILL" in link.results[0].failure.reason
 
 
@@ -191,6 +193,66 @@ def test_a_fit_that_comes_again_right_after_its_cancel_has_a_result_of_its_own(
     assert [result.failure.reason for result in link.results] == ["ValueError: x"]
 
 
+def test_results_from_before_are_sent_to_a_server_only_when_it_wants_them(tmp_path: Path) -> None:
+    pool = DyingPool([lambda: FitFailed("ValueError: x")])
+    fits, link, work = start(pool, tmp_path)
+    work.fingerprint = "f"
+    pool.during = lambda: [fits.use(None), fits.use(link)]  # type: ignore[arg-type, func-returns-value]
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert wait_until(lambda: fits._held[work.message_id].result)
+    held = [grid_pb2.Held(message_id=work.message_id, fingerprint="f")]
+    for _ in range(2):  # two servers that it is offered to; the first one does not ask
+        assert fits.held() == held
+        fits.use(link)  # type: ignore[arg-type]
+        assert not link.results
+    keep = grid_pb2.Keep(message_id=work.message_id)
+    fits.handle(grid_pb2.ToArrayTask(keep=keep))
+    assert link.came.wait(5)
+    accepted = grid_pb2.Accepted(message_id=work.message_id)
+    fits.handle(grid_pb2.ToArrayTask(accepted=accepted))
+    assert fits.held() == []
+    assert (pool.calls, len(link.results)) == (1, 1)
+
+
+def test_a_result_whose_file_is_gone_is_handed_back(tmp_path: Path) -> None:
+    """Its server took the file and died before it said so."""
+    pool = DyingPool([])
+    fits, link, work = start(pool, tmp_path)
+    result = grid_pb2.Result(message_id=work.message_id)
+    result.blobs.add(digest="d", size=3, in_file=True)
+    done = channel.write_memory([result.SerializeToString()])
+    reply = Reply([done], 0, 0, 0, 0, 0, [])
+    pool.run = lambda *_, **__: reply  # type: ignore[method-assign, assignment, misc]
+    sent: list[grid_pb2.FromArrayTask] = []
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    link.send = sent.extend  # type: ignore[method-assign]
+    fits.use(link)  # type: ignore[arg-type]
+    fits.handle(grid_pb2.ToArrayTask(keep=grid_pb2.Keep(message_id=work.message_id)))
+    assert [event.WhichOneof("event") for event in sent] == ["slots", "hand_back"]
+    assert f"{work.message_id}.d.safetensors is gone" in sent[-1].hand_back.reason
+    assert fits.held() == []
+
+
+def test_a_fit_of_another_server_that_ends_late_is_no_answer_to_what_came_again(
+    tmp_path: Path,
+) -> None:
+    pool = DyingPool([lambda: FitFailed("ValueError: old"), lambda: FitFailed("ValueError: new")])
+    fits, link, work = start(pool, tmp_path)
+
+    def be_asked_for_another() -> None:
+        pool.during = lambda: None
+        cancel = grid_pb2.Cancel(message_id=work.message_id)
+        fits.handle(grid_pb2.ToArrayTask(cancel=cancel))
+        work.fingerprint = "another"
+        fits.handle(grid_pb2.ToArrayTask(work=work))
+
+    pool.during = be_asked_for_another
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    assert [result.failure.reason for result in link.results] == ["ValueError: new"]
+
+
 def test_a_cancel_that_met_no_child_is_made_up_for_when_the_next_one_has_its_slot(
     tmp_path: Path,
 ) -> None:
@@ -207,7 +269,7 @@ def test_a_cancel_that_met_no_child_is_made_up_for_when_the_next_one_has_its_slo
 
     pool.run = run_and_admit  # type: ignore[method-assign, assignment]
     fits.handle(grid_pb2.ToArrayTask(work=work))
-    assert wait_until(lambda: killed_now == [work.message_id])
+    assert wait_until(lambda: [tag.split()[0] for tag in killed_now] == [work.message_id])
     assert fits.held() == []
 
 

@@ -1,5 +1,6 @@
 """Which array task does which fit: each rule by itself, then all of them at random."""
 
+from collections import Counter
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -7,7 +8,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fedhpc.federation.dispatch import Action, Assign, Cancel, Dispatch, Drop, Fail
+from fedhpc.federation import message_ids
+from fedhpc.federation.dispatch import Action, Assign, Cancel, Dispatch, Drop, Fail, Keep
 
 LIVENESS_S = 10.0
 
@@ -24,7 +26,7 @@ def connected(array_tasks: int = 2, slots: int = 1, **options: Any) -> Dispatch:
     """Return a machine whose array task t is connected as link t + 1."""
     dispatch = machine(array_tasks, **options)
     for array_task in range(array_tasks):
-        dispatch.join(array_task + 1, array_task, slots, [], 0.0)
+        dispatch.join(array_task + 1, array_task, slots, {}, 0.0)
     return dispatch
 
 
@@ -68,7 +70,7 @@ def test_messages_are_assigned_in_the_order_of_submission() -> None:
     dispatch = machine(1)
     for message_id in "cab":
         dispatch.submit(message_id, 0)
-    dispatch.join(1, 0, 3, [], 0.0)
+    dispatch.join(1, 0, 3, {}, 0.0)
     assert [message_id for _, message_id in assigned(dispatch.actions())] == ["c", "a", "b"]
 
 
@@ -77,7 +79,7 @@ def test_a_message_that_was_lost_comes_before_the_later_ones() -> None:
     for message_id in "abcd":
         dispatch.submit(message_id, 0)
     assert assigned(dispatch.actions()) == [(1, "a"), (2, "b")]
-    dispatch.leave(1)
+    dispatch.leave(1, 0.0)
     dispatch.actions()
     dispatch.answered(2, "b")
     assert assigned(dispatch.actions()) == [(2, "a")]
@@ -93,10 +95,10 @@ def test_few_messages_spread_over_the_array_tasks() -> None:
 def test_no_work_starts_before_enough_array_tasks_are_there() -> None:
     dispatch = machine(3, min_array_tasks=2)
     dispatch.submit("a", 0)
-    dispatch.join(1, 0, 1, [], 0.0)
+    dispatch.join(1, 0, 1, {}, 0.0)
     assert not dispatch.started
     assert dispatch.actions() == []
-    dispatch.join(2, 1, 1, [], 0.0)
+    dispatch.join(2, 1, 1, {}, 0.0)
     assert dispatch.started
     assert dispatch.array_tasks_connected == 2
     assert assigned(dispatch.actions()) == [(1, "a")]
@@ -104,19 +106,19 @@ def test_no_work_starts_before_enough_array_tasks_are_there() -> None:
 
 def test_one_array_task_that_connects_twice_is_not_two() -> None:
     dispatch = machine(3, min_array_tasks=2)
-    dispatch.join(1, 0, 1, [], 0.0)
-    dispatch.join(2, 0, 1, [], 1.0)
+    dispatch.join(1, 0, 1, {}, 0.0)
+    dispatch.join(2, 0, 1, {}, 1.0)
     assert not dispatch.started
     assert dispatch.links_of(0) == [2]
 
 
 def test_work_that_has_started_goes_on_with_fewer_array_tasks() -> None:
     dispatch = connected(2, min_array_tasks=2)
-    dispatch.leave(1)
+    dispatch.leave(1, 0.0)
     dispatch.submit("a", 0)
     assert assigned(dispatch.actions()) == [(2, "a")]
-    dispatch.leave(2)
-    dispatch.join(3, 0, 1, [], 1.0)
+    dispatch.leave(2, 0.0)
+    dispatch.join(3, 0, 1, {}, 1.0)
     assert assigned(dispatch.actions()) == [(3, "a")]
     assert dispatch.started
 
@@ -126,7 +128,7 @@ def test_an_array_task_that_comes_later_gets_work_too() -> None:
     dispatch.submit("a", 0)
     dispatch.submit("b", 0)
     dispatch.actions()
-    dispatch.join(7, 1, 1, [], 5.0)
+    dispatch.join(7, 1, 1, {}, 5.0)
     assert assigned(dispatch.actions()) == [(7, "b")]
 
 
@@ -147,11 +149,11 @@ def test_with_pinned_client_k_runs_on_array_task_k_modulo_their_number() -> None
 
 def test_a_pinned_message_waits_for_its_array_task_and_holds_nobody_up() -> None:
     dispatch = machine(2, placement="pinned")
-    dispatch.join(1, 1, 1, [], 0.0)
+    dispatch.join(1, 1, 1, {}, 0.0)
     dispatch.submit("of 0", 0)
     dispatch.submit("of 1", 1)
     assert assigned(dispatch.actions()) == [(1, "of 1")]
-    dispatch.join(2, 0, 1, [], 1.0)
+    dispatch.join(2, 0, 1, {}, 1.0)
     assert assigned(dispatch.actions()) == [(2, "of 0")]
 
 
@@ -178,7 +180,7 @@ def test_a_late_answer_of_a_lost_link_counts_and_the_new_one_is_told() -> None:
     dispatch = connected(2)
     dispatch.submit("a", 0)
     assert assigned(dispatch.actions()) == [(1, "a")]
-    dispatch.leave(1)
+    dispatch.leave(1, 0.0)
     assert assigned(dispatch.actions()) == [(2, "a")]
     assert dispatch.answered(1, "a")
     assert dispatch.actions() == [Cancel(2, "a")]
@@ -216,7 +218,7 @@ def test_a_message_can_be_withdrawn_before_anybody_has_it_and_twice() -> None:
     dispatch.submit("a", 0)
     dispatch.withdraw("a")
     dispatch.withdraw("a")
-    dispatch.join(1, 0, 1, [], 0.0)
+    dispatch.join(1, 0, 1, {}, 0.0)
     assert dispatch.actions() == []
 
 
@@ -227,15 +229,15 @@ def test_a_lost_message_goes_to_another_array_task() -> None:
     dispatch = connected(2)
     dispatch.submit("a", 0)
     dispatch.actions()
-    dispatch.leave(1, "its stream broke")
+    dispatch.leave(1, 0.0, "its stream broke")
     assert dispatch.actions() == [Drop(1, "its stream broke"), Assign(2, "a")]
 
 
 def test_a_link_that_is_gone_can_go_and_speak_again_without_effect() -> None:
     dispatch = connected(1)
-    dispatch.leave(1)
+    dispatch.leave(1, 0.0)
     dispatch.actions()
-    dispatch.leave(1)
+    dispatch.leave(1, 0.0)
     dispatch.heard(1, 5.0)
     assert dispatch.actions() == []
     assert dispatch.array_tasks_connected == 0
@@ -246,9 +248,9 @@ def test_a_message_that_is_lost_again_and_again_fails_and_says_why() -> None:
     dispatch.submit("a", 0)
     seen: list[Action] = []
     for link in (1, 2, 3):
-        dispatch.join(link, 0, 1, [], 0.0)
+        dispatch.join(link, 0, 1, {}, 0.0)
         assert assigned(dispatch.actions()) == [(link, "a")]
-        dispatch.leave(link, "killed by SIGKILL")
+        dispatch.leave(link, 0.0, "killed by SIGKILL")
         seen += dispatch.actions()
     (failure,) = [action for action in seen if isinstance(action, Fail)]
     assert failure.message_id == "a"
@@ -256,7 +258,7 @@ def test_a_message_that_is_lost_again_and_again_fails_and_says_why() -> None:
         "it was lost 3 times with its array task or GPU; at last array task 0: killed by SIGKILL"
     )
     assert not dispatch.answered(3, "a")
-    dispatch.join(4, 0, 1, [], 0.0)
+    dispatch.join(4, 0, 1, {}, 0.0)
     assert dispatch.actions() == []
 
 
@@ -264,7 +266,7 @@ def test_an_array_task_that_connects_again_is_not_blamed_for_its_messages() -> N
     dispatch = machine(1, max_losses=1)
     dispatch.submit("a", 0)
     for link in range(1, 6):
-        dispatch.join(link, 0, 1, [], 0.0)
+        dispatch.join(link, 0, 1, {}, 0.0)
         assert not any(isinstance(action, Fail) for action in dispatch.actions())
     assert dispatch.answered(5, "a")
 
@@ -273,9 +275,9 @@ def test_a_message_with_a_second_array_task_is_not_failed_by_the_loss_of_the_fir
     dispatch = connected(2, max_losses=1)
     dispatch.submit("a", 0)
     assert assigned(dispatch.actions()) == [(1, "a")]
-    dispatch.join(3, 1, 1, ["a"], 0.0)  # it had it from before
+    dispatch.join(3, 1, 1, {"a": ""}, 0.0)  # it had it from before
     dispatch.actions()
-    dispatch.leave(1)
+    dispatch.leave(1, 0.0)
     assert dispatch.actions() == [Drop(1, "its stream broke")]
     assert dispatch.answered(3, "a")
 
@@ -285,7 +287,7 @@ def test_a_message_with_a_second_array_task_is_not_failed_by_the_loss_of_the_fir
 
 def test_a_new_link_of_an_array_task_replaces_the_old_one() -> None:
     dispatch = connected(2)
-    dispatch.join(3, 0, 1, [], 1.0)
+    dispatch.join(3, 0, 1, {}, 1.0)
     (drop,) = dispatch.actions()
     assert isinstance(drop, Drop)
     assert drop.link == 1
@@ -298,7 +300,7 @@ def test_what_an_array_task_holds_is_not_assigned_again() -> None:
     dispatch = connected(2)
     dispatch.submit("a", 0)
     assert assigned(dispatch.actions()) == [(1, "a")]
-    dispatch.join(3, 0, 1, ["a"], 1.0)
+    dispatch.join(3, 0, 1, {"a": ""}, 1.0)
     assert assigned(dispatch.actions()) == []
     assert dispatch.answered(3, "a")
 
@@ -307,28 +309,142 @@ def test_what_an_array_task_holds_takes_its_slots() -> None:
     dispatch = machine(1)
     for message_id in "abc":
         dispatch.submit(message_id, 0)
-    dispatch.join(1, 0, 1, ["a", "b"], 0.0)
-    assert dispatch.actions() == []
+    dispatch.join(1, 0, 1, {"a": "", "b": ""}, 0.0)
+    assert dispatch.actions() == [Keep(1, "a"), Keep(1, "b")]
     dispatch.answered(1, "a")
     assert dispatch.actions() == []
     dispatch.answered(1, "b")
     assert dispatch.actions() == [Assign(1, "c")]
 
 
-def test_what_nobody_wants_any_more_is_cancelled_when_it_is_offered() -> None:
-    dispatch = machine(1)
-    dispatch.join(1, 0, 1, ["old"], 0.0)
-    assert dispatch.actions() == [Cancel(1, "old")]
-
-
 def test_two_array_tasks_may_hold_one_message_and_the_slower_is_told() -> None:
     dispatch = machine(2)
     dispatch.submit("a", 0)
-    dispatch.join(1, 0, 1, ["a"], 0.0)
-    dispatch.join(2, 1, 1, ["a"], 0.0)
-    assert dispatch.actions() == []
+    dispatch.join(1, 0, 1, {"a": ""}, 0.0)
+    dispatch.join(2, 1, 1, {"a": ""}, 0.0)
+    assert dispatch.actions() == [Keep(1, "a"), Keep(2, "a")]
     assert dispatch.answered(2, "a")
     assert dispatch.actions() == [Cancel(1, "a")]
+
+
+# --- a server that comes back as the next attempt ------------------------------------------------
+
+
+def fit(server_round: int, client_id: int = 0, sequence: int = 0, verb: str = "train") -> str:
+    return message_ids.make(message_ids.Parts(server_round, client_id, verb, sequence))
+
+
+def offered(held: dict[str, str], slots: int = 1) -> Dispatch:
+    """Return a machine to which array task 0 has come back as link 1, with fits from before."""
+    dispatch = machine(1)
+    dispatch.join(1, 0, slots, held, 0.0)
+    assert dispatch.actions() == []
+    return dispatch
+
+
+def test_what_was_offered_is_kept_when_it_is_asked_for() -> None:
+    dispatch = offered({fit(7): "f"})
+    assert dispatch.running_on(1) == 1
+    dispatch.submit(fit(7), 0, "f")
+    assert dispatch.actions() == [Keep(1, fit(7))]
+    assert dispatch.answered(1, fit(7))
+    assert not dispatch.answered(1, fit(7))
+    assert dispatch.running_on(1) == 0
+
+
+@pytest.mark.parametrize("asked_first", [True, False])
+def test_what_answers_another_question_is_cancelled_and_runs_anew(asked_first: bool) -> None:
+    dispatch = machine(1)
+    if asked_first:
+        dispatch.submit(fit(7), 0, "new")
+    dispatch.join(1, 0, 1, {fit(7): "old"}, 0.0)
+    if not asked_first:
+        dispatch.submit(fit(7), 0, "new")
+    assert dispatch.actions() == [Cancel(1, fit(7)), Assign(1, fit(7))]
+
+
+def test_what_two_array_tasks_offer_is_kept_by_both_and_answered_once() -> None:
+    dispatch = machine(2)
+    dispatch.join(1, 0, 1, {fit(7): "f"}, 0.0)
+    dispatch.join(2, 1, 1, {fit(7): "f"}, 0.0)
+    dispatch.submit(fit(7), 0, "f")
+    assert dispatch.actions() == [Keep(1, fit(7)), Keep(2, fit(7))]
+    assert dispatch.answered(2, fit(7))
+    assert dispatch.actions() == [Cancel(1, fit(7))]
+
+
+def test_offers_of_rounds_before_the_one_that_is_asked_for_are_cancelled() -> None:
+    dispatch = offered({fit(6, 1): "", fit(7, 2): "", fit(8, 3): "", fit(0, 4): ""}, slots=9)
+    dispatch.submit(fit(7), 0)
+    assert dispatch.actions() == [Cancel(1, fit(6, 1)), Assign(1, fit(7))]
+    dispatch.join(2, 1, 1, {fit(6, 1): ""}, 0.0)
+    assert dispatch.actions() == [Cancel(2, fit(6, 1))]
+
+
+@pytest.mark.parametrize("ended", ["answered", "withdrawn"])
+@pytest.mark.parametrize("server_round", [0, 7])
+def test_what_has_been_answered_or_withdrawn_is_cancelled_when_it_is_offered(
+    ended: str, server_round: int
+) -> None:
+    dispatch = connected(1)
+    message_id = fit(server_round, sequence=2)
+    dispatch.submit(message_id, 0)
+    dispatch.actions()
+    dispatch.answered(1, message_id) if ended == "answered" else dispatch.withdraw(message_id)
+    dispatch.actions()
+    earlier, later = fit(server_round, sequence=1), fit(server_round, sequence=3)
+    dispatch.join(2, 1, 3, {earlier: "", message_id: "", later: ""}, 0.0)
+    assert dispatch.actions() == [Cancel(2, earlier), Cancel(2, message_id)]
+
+
+def test_an_offer_makes_room_for_a_message_that_needs_its_slot() -> None:
+    dispatch = offered({fit(0, 1): "", fit(0, 2): ""}, slots=2)
+    dispatch.submit(fit(0, 3), 3)
+    assert dispatch.actions() == [Cancel(1, fit(0, 1)), Assign(1, fit(0, 3))]
+    dispatch.submit(fit(0, 2), 2)
+    assert dispatch.actions() == [Keep(1, fit(0, 2))]
+
+
+def test_an_offer_makes_no_room_for_what_is_asked_for_together_with_it() -> None:
+    dispatch = offered({fit(7, 8): "", fit(7, 9): ""}, slots=2)
+    for client_id in range(10):
+        dispatch.submit(fit(7, client_id), client_id)
+    assert dispatch.actions() == [Keep(1, fit(7, 8)), Keep(1, fit(7, 9))]
+
+
+def test_an_offer_goes_with_its_link_or_is_handed_back() -> None:
+    dispatch = offered({fit(7): "", fit(7, 1): ""}, slots=2)
+    dispatch.hand_back(1, fit(7), "its GPU is lost")
+    assert dispatch.running_on(1) == 1
+    dispatch.leave(1, 0.0)
+    dispatch.actions()
+    dispatch.join(2, 0, 1, {}, 0.0)
+    dispatch.submit(fit(7, 1), 1)
+    assert dispatch.actions() == [Assign(2, fit(7, 1))]
+
+
+def test_a_new_attempt_gives_no_work_out_before_its_array_tasks_are_back() -> None:
+    dispatch = machine(2)
+    dispatch.expect_back(3.0)
+    for client_id in range(2):
+        dispatch.submit(fit(7, client_id), client_id)
+    dispatch.join(1, 0, 2, {fit(7, 0): ""}, 1.0)
+    assert dispatch.actions() == [Keep(1, fit(7, 0))]
+    dispatch.join(2, 1, 2, {fit(7, 1): ""}, 2.0)
+    assert dispatch.actions() == [Keep(2, fit(7, 1))]
+    dispatch.submit(fit(7, 2), 2)
+    assert assigned(dispatch.actions()) == [(1, fit(7, 2))]
+
+
+def test_a_new_attempt_does_not_wait_for_long_for_array_tasks_that_are_gone() -> None:
+    dispatch = machine(2)
+    dispatch.expect_back(3.0)
+    dispatch.submit(fit(7), 0)
+    dispatch.join(1, 0, 1, {}, 1.0)
+    dispatch.tick(2.9)
+    assert dispatch.actions() == []
+    dispatch.tick(3.0)
+    assert assigned(dispatch.actions()) == [(1, fit(7))]
 
 
 # --- silence -------------------------------------------------------------------------------------
@@ -381,7 +497,37 @@ def test_a_stall_gives_nobody_more_than_a_whole_timeout_of_patience() -> None:
     assert [action.link for action in found if isinstance(action, Drop)] == [1]
 
 
-# --- everything at random -------------------------------------------------------------------------
+def test_links_that_break_after_the_server_was_stalled_count_no_losses_and_are_waited_for() -> None:
+    dispatch = connected(2, max_losses=1)
+    dispatch.submit("a", 0)
+    assert assigned(dispatch.actions()) == [(1, "a")]
+    assert ticks(dispatch, 0, 3) == []
+    dispatch.leave(1, 500.0)
+    dispatch.leave(2, 500.0)
+    assert all(isinstance(action, Drop) for action in dispatch.actions())
+    dispatch.join(3, 1, 1, {}, 501.0)
+    assert dispatch.actions() == [], "array task 0 may still hold it"
+    dispatch.join(4, 0, 1, {"a": ""}, 502.0)
+    assert dispatch.actions() == [Keep(4, "a")]
+
+
+def test_an_array_task_that_does_not_come_back_after_a_stall_is_waited_for_no_longer() -> None:
+    dispatch = connected(2)
+    dispatch.submit("a", 0)
+    dispatch.actions()
+    assert ticks(dispatch, 0, 3) == []
+    dispatch.leave(1, 500.0)
+    for now_s in range(500, 510):
+        dispatch.heard(2, float(now_s))
+        dispatch.tick(float(now_s))
+        assert assigned(dispatch.actions()) == []
+    dispatch.tick(510.0)
+    assert assigned(dispatch.actions()) == [(2, "a")]
+    dispatch.leave(2, 511.0)
+    assert dispatch.actions() == [Drop(2, "its stream broke")]
+
+
+# --- more and fewer slots -------------------------------------------------------------------------
 
 
 def test_more_slots_take_more_messages_and_fewer_take_none_away() -> None:
@@ -417,6 +563,18 @@ def test_a_message_that_nobody_can_run_fails_with_the_last_reason() -> None:
     assert fail.reason.endswith("array task 0: its GPU is lost")
 
 
+def test_what_waits_for_a_pinned_array_task_is_counted() -> None:
+    dispatch = machine(2, placement="pinned")
+    dispatch.join(1, 1, 1, {}, 0.0)
+    for client_id in range(4):
+        dispatch.submit(f"client {client_id}", client_id)
+    dispatch.actions()
+    assert (dispatch.waiting_for(0), dispatch.waiting_for(1)) == (2, 1)
+
+
+# --- everything at random -------------------------------------------------------------------------
+
+
 class Behaviour(RuleBasedStateMachine):
     """Array tasks and a server with all their habits, against what `Dispatch` promises."""
 
@@ -426,6 +584,15 @@ class Behaviour(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
+        self.now_s = 0.0
+        self.next_link = 1
+        self.server_round = 0
+        self.world = 0  # what all fingerprints of a message depend on
+        # The array tasks' side: all that each has, with fingerprints, whatever server is there.
+        self.kept: dict[int, dict[str, str]] = {task: {} for task in range(self.ARRAY_TASKS)}
+        self.start_server(first=True)
+
+    def start_server(self, *, first: bool) -> None:
         self.dispatch = Dispatch(
             array_tasks=self.ARRAY_TASKS,
             placement=self.placement,
@@ -433,10 +600,9 @@ class Behaviour(RuleBasedStateMachine):
             liveness_timeout_s=LIVENESS_S,
             max_losses=self.MAX_LOSSES,
         )
-        self.now_s = 0.0
-        self.next_link = 1
-        self.next_message = 0
         # The server's side of the truth.
+        self.sequences: Counter[tuple[int, int]] = Counter()
+        self.newest_round = 0
         self.client_of: dict[str, int] = {}
         self.open: set[str] = set()
         self.ended: list[str] = []  # every submission of a message that ended
@@ -444,13 +610,23 @@ class Behaviour(RuleBasedStateMachine):
         self.most_connected = 0
         self.losses: dict[str, int] = {}
         self.order: dict[str, int] = {}
-        # The array tasks' side: what each live link was told to do, and all that an array task has.
+        self.awake_s = self.now_s
+        self.patient_until_s = 0.0
+        self.awaited: set[int] = set()
+        if not first:
+            self.awaited |= set(range(self.ARRAY_TASKS))
+            self.patient_until_s = self.now_s + LIVENESS_S
+            self.dispatch.expect_back(self.patient_until_s)
+        # What each live link was told to do, and what its array task has from before.
         self.link_of: dict[int, int] = {}
         self.slots: dict[int, int] = {}
         self.has: dict[int, set[str]] = {}
-        self.kept: dict[int, set[str]] = {task: set() for task in range(self.ARRAY_TASKS)}
+        self.offers: dict[int, set[str]] = {}
         self.heard_s: dict[int, float] = {}
         self.dispatch.tick(self.now_s)
+
+    def fingerprint(self, message_id: str) -> str:
+        return f"{message_id} in world {self.world}"
 
     # --- what goes out ---
 
@@ -458,6 +634,7 @@ class Behaviour(RuleBasedStateMachine):
         self.take(self.dispatch.actions())
 
     def take(self, actions: list[Action]) -> None:
+        made_room: set[int] = set()
         for action in actions:
             if isinstance(action, Fail):
                 self.end(action.message_id)
@@ -471,15 +648,33 @@ class Behaviour(RuleBasedStateMachine):
             array_task = self.array_task_of(action.link)
             assert array_task is not None, f"{action} for a link that is gone"
             if isinstance(action, Cancel):
-                assert action.message_id in self.has[action.link], "a Cancel of what it has not"
-                self.has[action.link].discard(action.message_id)
-                self.kept[array_task].discard(action.message_id)
+                fingerprint = self.kept[array_task].pop(action.message_id)
+                if action.message_id in self.offers[action.link]:
+                    answers = fingerprint == self.fingerprint(action.message_id)
+                    if action.message_id in self.open:
+                        assert not answers, "it is asked for"
+                    elif not self.is_pointless(action.message_id):
+                        made_room.add(action.link)
+                    self.offers[action.link].discard(action.message_id)
+                else:
+                    assert action.message_id in self.has[action.link], "a Cancel of what it has not"
+                    self.has[action.link].discard(action.message_id)
                 continue
+            if isinstance(action, Keep):
+                assert action.message_id in self.open, "a Keep of what is not open"
+                fingerprint = self.kept[array_task][action.message_id]
+                assert fingerprint == self.fingerprint(action.message_id), "no answer to this"
+                self.offers[action.link].remove(action.message_id)
+                self.has[action.link].add(action.message_id)
+                continue
+            assert not self.awaited, "somebody who comes back may have it"
+            made_room.discard(action.link)
             assert action.message_id in self.open, "an Assign of what is not open"
-            assert action.message_id not in self.has[action.link], "it has it already"
-            others = [link for link in self.has if action.message_id in self.has[link]]
-            assert others == [], "somebody else has it"
-            assert len(self.has[action.link]) < self.slots[action.link], "no slot is free"
+            for known in (self.has, self.offers):
+                others = [link for link in known if action.message_id in known[link]]
+                assert others == [], "somebody has it"
+            taken = len(self.has[action.link]) + len(self.offers[action.link])
+            assert taken < self.slots[action.link], "no slot is free"
             assert self.may_run(action.message_id, array_task), "pinned elsewhere"
             assert self.most_connected >= 2, "work starts with min_array_tasks"
             assert self.losses[action.message_id] < self.MAX_LOSSES, "lost too often"
@@ -488,7 +683,13 @@ class Behaviour(RuleBasedStateMachine):
                 if self.order[earlier] < self.order[action.message_id]:
                     assert not self.may_run(earlier, array_task), f"{earlier} came first"
             self.has[action.link].add(action.message_id)
-            self.kept[array_task].add(action.message_id)
+            self.kept[array_task][action.message_id] = self.fingerprint(action.message_id)
+        assert not made_room, "an offer was cancelled for nothing"
+
+    def is_pointless(self, message_id: str) -> bool:
+        parts = message_ids.read(message_id)
+        sequences = self.sequences[parts.server_round, parts.client_id]
+        return parts.sequence < sequences or 0 < parts.server_round < self.newest_round
 
     def may_run(self, message_id: str, array_task: int) -> bool:
         pin = self.client_of[message_id] % self.ARRAY_TASKS
@@ -505,7 +706,8 @@ class Behaviour(RuleBasedStateMachine):
     def forget(self, link: int) -> None:
         task = self.array_task_of(link)
         assert task is not None
-        del self.link_of[task], self.slots[link], self.has[link], self.heard_s[link]
+        del self.link_of[task], self.slots[link], self.heard_s[link]
+        del self.has[link], self.offers[link]
 
     def blame(self, link: int) -> None:
         for message_id in self.has[link]:
@@ -513,26 +715,48 @@ class Behaviour(RuleBasedStateMachine):
 
     # --- the server's habits ---
 
-    @rule(client_id=st.integers(0, 8))
-    def submit(self, client_id: int) -> None:
-        message_id = f"m{self.next_message}"
-        self.next_message += 1
-        self._submit(message_id, client_id)
+    @rule(
+        clients=st.lists(st.integers(0, 8), min_size=1, max_size=4, unique=True),
+        without_round=st.sampled_from([False, False, True]),
+    )
+    def submit(self, clients: list[int], without_round: bool) -> None:
+        server_round = 0 if without_round else self.server_round
+        for client_id in clients:
+            sequence = self.sequences[server_round, client_id]
+            self._submit(fit(server_round, client_id, sequence), client_id)
+        self.follow()
+
+    @rule()
+    def begin_next_round(self) -> None:
+        self.server_round += 1
+
+    @rule(rounds=st.integers(0, 2), same=st.booleans())
+    @precondition(lambda self: any(self.kept.values()))
+    def come_back_as_the_next_attempt(self, rounds: int, same: bool) -> None:
+        """Resume so many rounds earlier, and from another model or not."""
+        self.server_round = max(0, self.server_round - rounds)
+        self.world += not same
+        self.start_server(first=False)
 
     @rule(data=st.data())
     @precondition(lambda self: set(self.submitted) - self.open)
     def submit_again(self, data: st.DataObject) -> None:
         message_id = data.draw(st.sampled_from(sorted(set(self.submitted) - self.open)))
         self._submit(message_id, self.client_of[message_id])
+        self.follow()
 
     def _submit(self, message_id: str, client_id: int) -> None:
-        self.dispatch.submit(message_id, client_id)
+        parts = message_ids.read(message_id)
+        self.newest_round = max(self.newest_round, parts.server_round)
+        self.sequences[parts.server_round, client_id] = max(
+            parts.sequence + 1, self.sequences[parts.server_round, client_id]
+        )
+        self.dispatch.submit(message_id, client_id, self.fingerprint(message_id))
         self.client_of[message_id] = client_id
         self.open.add(message_id)
         self.submitted.append(message_id)
         self.losses[message_id] = 0
         self.order[message_id] = len(self.submitted)
-        self.follow()
 
     @rule(data=st.data())
     @precondition(lambda self: self.open)
@@ -551,7 +775,7 @@ class Behaviour(RuleBasedStateMachine):
         """Come, or come back: with what it still has, or as a new process with nothing."""
         if restarted:
             self.kept[array_task].clear()
-        held = sorted(self.kept[array_task])
+        held = dict(self.kept[array_task])
         link, self.next_link = self.next_link, self.next_link + 1
         older = self.link_of.get(array_task)
         self.dispatch.join(link, array_task, slots, held, self.now_s)
@@ -563,7 +787,9 @@ class Behaviour(RuleBasedStateMachine):
             self.forget(older)
         self.link_of[array_task] = link
         self.slots[link] = slots
-        self.has[link] = set(held)
+        self.has[link] = set()
+        self.offers[link] = set(held)
+        self.awaited.discard(array_task)
         self.heard_s[link] = self.now_s
         self.most_connected = max(self.most_connected, len(self.slots))
         self.take(actions)
@@ -571,11 +797,24 @@ class Behaviour(RuleBasedStateMachine):
     @rule(data=st.data())
     @precondition(lambda self: self.slots)
     def leave(self, data: st.DataObject) -> None:
-        link = data.draw(st.sampled_from(sorted(self.slots)))
-        self.blame(link)
-        self.dispatch.leave(link)
+        self._leave(data.draw(st.sampled_from(sorted(self.slots))))
+
+    def _leave(self, link: int) -> None:
+        self.note_awake()
+        task = self.array_task_of(link)
+        assert task is not None
+        if self.now_s < self.patient_until_s:
+            self.awaited.add(task)
+        else:
+            self.blame(link)
+        self.dispatch.leave(link, self.now_s)
         self.follow()
         assert link not in self.slots
+
+    def note_awake(self) -> None:
+        if self.now_s - self.awake_s > LIVENESS_S / 2:
+            self.patient_until_s = self.now_s + LIVENESS_S
+        self.awake_s = self.now_s
 
     @rule(data=st.data(), slots=st.integers(0, 4))
     @precondition(lambda self: self.slots)
@@ -587,18 +826,21 @@ class Behaviour(RuleBasedStateMachine):
         self.follow()
 
     @rule(data=st.data())
-    @precondition(lambda self: any(self.has.values()))
+    @precondition(lambda self: any(self.has.values()) or any(self.offers.values()))
     def hand_back(self, data: st.DataObject) -> None:
         """Give a message back that cannot run here, and with it the slot it was to run in."""
-        link = data.draw(st.sampled_from(sorted(link for link, has in self.has.items() if has)))
-        message_id = data.draw(st.sampled_from(sorted(self.has[link])))
+        held = {link: self.has[link] | self.offers[link] for link in self.slots}
+        link = data.draw(st.sampled_from(sorted(link for link in held if held[link])))
+        message_id = data.draw(st.sampled_from(sorted(held[link])))
         task = self.array_task_of(link)
         assert task is not None
         self.slots[link] = max(0, self.slots[link] - 1)
         self.dispatch.resize(link, self.slots[link])
-        self.has[link].discard(message_id)
-        self.kept[task].discard(message_id)
-        self.losses[message_id] += 1
+        del self.kept[task][message_id]
+        if message_id in self.has[link]:
+            self.has[link].discard(message_id)
+            self.losses[message_id] += 1
+        self.offers[link].discard(message_id)
         self.dispatch.hand_back(link, message_id, "its GPU is lost")
         self.follow()
 
@@ -620,7 +862,7 @@ class Behaviour(RuleBasedStateMachine):
         task = self.array_task_of(link)
         assert task is not None
         self._answer(link, message_id)
-        self.kept[task].discard(message_id)
+        self.kept[task].pop(message_id, None)
         if twice:
             assert not self.dispatch.answered(link, message_id)
             self.follow()
@@ -633,7 +875,7 @@ class Behaviour(RuleBasedStateMachine):
         message_id = data.draw(st.sampled_from(sorted(set(self.submitted))))
         self._answer(link, message_id)
         if (task := self.array_task_of(link)) is not None:
-            self.kept[task].discard(message_id)
+            self.kept[task].pop(message_id, None)
 
     def _answer(self, link: int, message_id: str) -> None:
         accepted = self.dispatch.answered(link, message_id)
@@ -665,17 +907,24 @@ class Behaviour(RuleBasedStateMachine):
         for link in silent:
             self.blame(link)
         before = set(self.slots)
+        self.note_awake()
+        if self.now_s >= self.patient_until_s:
+            self.awaited.clear()
         self.dispatch.tick(self.now_s)
         self.follow()
         assert before - set(self.slots) == set(silent), "the silent ones are dropped, and no other"
 
-    @rule(read_first=st.booleans())
-    def stall(self, read_first: bool) -> None:
+    @rule(read_first=st.booleans(), data=st.data())
+    def stall(self, read_first: bool, data: st.DataObject) -> None:
         """Stop the server itself for long; what was said meanwhile is read before or after."""
         self.now_s += 10 * LIVENESS_S
+        left = data.draw(st.sets(st.sampled_from(sorted(self.slots)))) if self.slots else set()
+        for link in sorted(left):  # they found us silent
+            self._leave(link)
         before = set(self.slots)
         if read_first:
             self.all_speak()
+        self.note_awake()
         self.dispatch.tick(self.now_s)
         self.follow()
         assert set(self.slots) == before, "nobody is blamed for our own stall"
@@ -715,8 +964,15 @@ class Behaviour(RuleBasedStateMachine):
         assert all(self.losses[message_id] < self.MAX_LOSSES for message_id in waiting)
 
     @invariant()
+    def offers_are_of_messages_that_may_still_be_asked_for(self) -> None:
+        for link, offers in self.offers.items():
+            assert not offers & self.open
+            assert not any(map(self.is_pointless, offers))
+            assert self.dispatch.running_on(link) == len(offers) + len(self.has[link])
+
+    @invariant()
     def no_message_waits_while_a_slot_that_may_take_it_is_free(self) -> None:
-        if not self.dispatch.started:
+        if not self.dispatch.started or self.awaited:
             return
         running = set().union(*self.has.values()) if self.has else set()
         for message_id in self.open - running:

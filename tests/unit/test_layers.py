@@ -32,6 +32,7 @@ LAYERS = {
         "fedhpc.inspection",
         "fedhpc.oversight",
         "fedhpc.server",
+        "fedhpc.held",
         "fedhpc.fits",
         "fedhpc.client",
     ],

@@ -349,3 +349,26 @@ def test_models_that_differ_are_not_mixed_up_in_a_cache() -> None:
         packed = payload.pack(message(record(a=np.full(3, client))), None, cache)
         found = unpacked(packed)[0].content.array_records["arrays"]["a"].numpy()
         np.testing.assert_array_equal(found, np.full(3, client))
+
+
+def test_the_fingerprint_is_of_what_is_asked_and_not_of_when() -> None:
+    def ask(step: float = 1.0, weight: float = 1.0, mine: float = 1.0, seed: int = 1) -> str:
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord({"w": Array(np.full(3, weight))}),
+                "config": ConfigRecord({"step": step}),
+            }
+        )
+        state = RecordDict({"mine": ArrayRecord({"m": Array(np.full(3, mine))})})
+        message = Message(content, dst_node_id=1, message_type="train")
+        packed = payload.pack(message, state, ArrayCache())
+        packed.payload.seed = seed
+        packed.payload.client_id = 0
+        assert packed.payload.message not in seen
+        seen.append(packed.payload.message)
+        return packed.fingerprint()
+
+    seen: list[bytes] = []  # they differ, as Flower writes down when they were made
+    assert ask() == ask()
+    others = [ask(step=2.0), ask(weight=2.0), ask(mine=2.0), ask(seed=2)]
+    assert len({ask(), *others}) == 5
