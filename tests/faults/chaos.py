@@ -186,6 +186,8 @@ def main() -> int:
     try:
         for label, chosen in labels:
             survived += chaos.undertake(label, draw(label, chosen, size, args.faults))
+    except KeyboardInterrupt:
+        print("\ninterrupted")
     finally:
         print(f"\n{table(chaos.outcomes)}\n\nsurvived {survived} of {len(chaos.outcomes)}")
     if survived == len(labels):
