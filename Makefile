@@ -1,11 +1,12 @@
 # make PYTHON=/path/to/python3.12   uses another interpreter for .venv
 # make DEVCLUSTER=--accounting test-slurm   has slurmdbd and MariaDB too
+# make N=5 SEED=1 chaos             does 5 runs of that seed; CHAOS_ARGS="--each" does every kind once
 # make VENV=/path/to/venv           uses (or makes) an environment elsewhere, e.g. off a small home
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: help demo test test-slurm test-gpu check proto clean
+.PHONY: help demo test test-slurm test-gpu chaos check proto clean
 
 help:  ## Show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -23,6 +24,9 @@ test-slurm: $(VENV)/.installed-test  ## Run the tests on a real Slurm, made on t
 
 test-gpu: $(VENV)/.installed-test  ## Run the tests on the GPU of this machine, which nobody else should use
 	$(BIN)/python -m pytest tests/gpu $(PYTEST_ARGS)
+
+chaos: $(VENV)/.installed-test  ## Run 50 federations that faults hit at random moments (half an hour)
+	$(BIN)/python tests/faults/chaos.py $(if $(N),--runs $(N)) $(if $(SEED),--seed $(SEED)) $(CHAOS_ARGS)
 
 check: $(VENV)/.installed-check  ## Check style, types and layers
 	$(BIN)/ruff format --check .
