@@ -89,7 +89,10 @@ class Rounds:
         """
         assert isinstance(grid, HpcGrid)  # noqa: S101  (apps get no other one)
         self.starts += 1
-        configs = (train_config or ConfigRecord(), evaluate_config or ConfigRecord())
+        configs = (
+            ConfigRecord() if train_config is None else train_config,
+            ConfigRecord() if evaluate_config is None else evaluate_config,
+        )
         rounds = _Rounds(
             strategy, grid, self._config, initial_arrays, num_rounds, timeout, configs, evaluate_fn
         )
