@@ -56,9 +56,10 @@ def main(
     ] = False,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Free what ended runs have left: blobs, submitit's pickles, checkpoints but the newest, keys.
+    """Free what ended runs have left: blobs, submitit's pickles, older checkpoints, keys.
 
-    Configs, metrics, fits, memory, errors, logs, models and reports stay, unless --whole is given.
+    The newest checkpoint and the best stay, and configs, metrics, fits, memory, errors, logs,
+    models and reports, unless --whole is given.
     Without RUN_DIR it is all ended runs in --runs-dir. It shows what would go, and asks.
     """
     if whole and not run_dirs and older_than is None:
@@ -145,13 +146,17 @@ def _why_not(standing: "Standing") -> str:
 def _waste(paths: RunPaths, *, whole: bool) -> _Waste:
     if whole:
         return _Waste(paths, {"run folder": [paths.root]})
-    checkpoints = [path for path in _entries(paths.checkpoints) if path.name[0] != "."]
+    checkpoints = list(_entries(paths.checkpoints))
+    best = paths.best_checkpoint
+    kept = {path.name for path in checkpoints[-1:]}
+    if best.is_symlink():
+        kept |= {best.name, best.readlink().name}
     return _Waste(
         paths,
         {
             "blobs": list(_entries(paths.blobs)),
             "pickles": [path for path in _entries(paths.jobs) if path.suffix == ".pkl"],
-            "checkpoints": checkpoints[:-1],
+            "checkpoints": [path for path in checkpoints if path.name not in kept],
             "secrets": [paths.secrets] if os.path.lexists(paths.secrets) else [],
         },
     )

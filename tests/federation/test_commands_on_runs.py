@@ -66,7 +66,13 @@ def test_a_run_is_seen_while_it_lasts_and_after_and_then_cleaned(submitter: Subm
     runs_dir = ["--runs-dir", submitter.runs_dir]
     assert fedhpc("list", *runs_dir).splitlines()[1].split()[1:3] == ["finished", "25/25"]
 
-    kept = {path for path in files(paths) if path.suffix != ".pkl"}
+    best = paths.best_checkpoint.resolve()
+    kept = {
+        path
+        for path in files(paths)
+        if path.suffix != ".pkl"
+        and (paths.checkpoints not in path.parents or path.parent in (best, paths.checkpoint(25)))
+    }
     fedhpc("clean", *runs_dir, "--yes")
     assert files(paths) == kept
 
