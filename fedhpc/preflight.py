@@ -18,9 +18,11 @@ from typing import Any
 
 from fedhpc import config, files
 from fedhpc.errors import ConfigError, FedHPCError
-from fedhpc.federation import apps, strategies
-from fedhpc.learning import data, models, partitions, training
+from fedhpc.learning import data, partitions
 from fedhpc.paths import RunPaths
+
+# What a finding depends on besides the config.
+_LIBRARIES = ("torch", "torchvision", "flwr", "flwr-datasets", "scikit-learn", "numpy")
 
 
 class Findings:
@@ -62,6 +64,10 @@ def check(paths: RunPaths) -> Findings:
     """Check a run folder's config and prepare its data."""
     findings = Findings()
     resolved = config.load(paths.config)
+    if _is_remembered(resolved, paths):
+        return findings
+    from fedhpc.federation import apps
+
     with findings.collect():
         spec = apps.locate(resolved, paths)
         for load in (apps.load_server, apps.load_client):
@@ -71,7 +77,9 @@ def check(paths: RunPaths) -> Findings:
     return findings
 
 
-def _load_quietly(findings: Findings, load: Callable[[Any], Any], spec: apps.AppSpec) -> None:
+def _load_quietly(findings: Findings, load: Callable[[Any], Any], spec: Any) -> None:
+    from fedhpc.federation import apps
+
     with findings.collect():
         try:
             load(spec)
@@ -88,6 +96,9 @@ def _load_quietly(findings: Findings, load: Callable[[Any], Any], spec: apps.App
 
 
 def _check_builtin(resolved: config.Config, paths: RunPaths, findings: Findings) -> None:
+    from fedhpc.federation import strategies
+    from fedhpc.learning import models, training
+
     federation, spec = resolved.federation, resolved.data
     with findings.collect():
         strategies.build(resolved.strategy, federation)
@@ -118,6 +129,47 @@ def _check_builtin(resolved: config.Config, paths: RunPaths, findings: Findings)
         if federation.clients_per_evaluation:
             _check_validation(shares)
         partitions.save(paths.partitions, shares)
+        if not findings.problems:
+            _remember(resolved, packed)
+
+
+def _is_remembered(resolved: config.Config, paths: RunPaths) -> bool:
+    """Prepare the data of a run whose like was checked before, without torch and flwr, if it was.
+
+    They take seconds to import, and the findings would be the same.
+    """
+    if not resolved.app.is_builtin or resolved.app.mods:  # code that may have changed
+        return False
+    with contextlib.suppress(FedHPCError, OSError, ValueError):
+        packed = _pack(resolved, download=False)
+        if _note_of_check(resolved, packed).exists():
+            shares = partitions.load(_cached_partitions(resolved, packed))
+            files.write_json(paths.data, {"packed": str(packed)})
+            partitions.save(paths.partitions, shares)
+            return True
+    return False
+
+
+def _remember(resolved: config.Config, packed: Path) -> None:
+    with contextlib.suppress(OSError):  # a data folder of somebody else
+        _note_of_check(resolved, packed).touch()
+
+
+def _note_of_check(resolved: config.Config, packed: Path) -> Path:
+    """Return the file that says that a config like this one was found good."""
+    sections = {"federation", "model", "training", "strategy", "data", "app", "seed"}
+    source = Path(__file__).parent
+    what = [
+        resolved.model_dump(mode="json", include=sections),
+        [metadata.version(name) for name in _LIBRARIES],
+        sys.version,
+        sorted((str(p), p.stat().st_mtime_ns) for p in source.rglob("*.py")),
+    ]
+    return packed / f"checked-{_digest(what)}"
+
+
+def _digest(what: object) -> str:
+    return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _pack(resolved: config.Config, *, download: bool) -> Path:
@@ -128,19 +180,23 @@ def _pack(resolved: config.Config, *, download: bool) -> Path:
 
 def _partition(resolved: config.Config, packed: Path, dataset: data.Dataset) -> list[Any]:
     """Return the partitions, from the last run that had the same: flwr-datasets imports slowly."""
-    partitioner, clients = resolved.data.partitioner, resolved.federation.num_clients
-    version = metadata.version("flwr-datasets")
-    what = [partitioner.name, partitioner.params, clients, resolved.seed, version]
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
-    cached = packed / f"partitions-{key}.npz"
+    cached = _cached_partitions(resolved, packed)
     with contextlib.suppress(FedHPCError, OSError, ValueError):
         return partitions.load(cached)
+    partitioner, clients = resolved.data.partitioner, resolved.federation.num_clients
     shares = partitions.make(
         dataset.train.labels, clients, partitioner.name, partitioner.params, resolved.seed
     )
     with contextlib.suppress(FedHPCError, OSError):  # a data folder of somebody else
         partitions.save(cached, shares)
     return shares
+
+
+def _cached_partitions(resolved: config.Config, packed: Path) -> Path:
+    partitioner, clients = resolved.data.partitioner, resolved.federation.num_clients
+    version = metadata.version("flwr-datasets")
+    what = [partitioner.name, partitioner.params, clients, resolved.seed, version]
+    return packed / f"partitions-{_digest(what)}.npz"
 
 
 def _check_validation(shares: list[Any]) -> None:
