@@ -265,18 +265,15 @@ def _start(resolved: Config, paths: RunPaths, follow: bool) -> int:
     from fedhpc.commandline import console
     from fedhpc.follow import Follower
 
+    local = resolved.cluster.executor == "local"
+    follower = Follower(paths, console())  # before there are jobs that a Ctrl-C must reach
+    submission = None
     try:
         submission = cluster.submit(resolved, paths)
-    except KeyboardInterrupt:
-        typer.echo("\ncancelled before everything was submitted", err=True)
-        return _CANCELLED
-    local = submission.executor == "local"
-    if not follow:
-        jobs = ", ".join(reversed(submission.whole_jobs()))
-        typer.echo(f"submitted: {jobs}\nto see how it goes: fedhpc status {paths.root}")
-        return 0
-    follower = Follower(paths, console())
-    try:
+        if not follow:
+            jobs = ", ".join(reversed(submission.whole_jobs()))
+            typer.echo(f"submitted: {jobs}\nto see how it goes: fedhpc status {paths.root}")
+            return 0
         if local:  # timeout(1), a closed terminal: as a Ctrl-C
             for number in (signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.default_int_handler)
@@ -285,6 +282,9 @@ def _start(resolved: Config, paths: RunPaths, follow: bool) -> int:
             typer.echo(f"still running after the end, ended by force: {', '.join(left)}", err=True)
             cluster.cancel(paths)
     except KeyboardInterrupt:
+        if submission is None:
+            typer.echo("\ncancelled before everything was submitted", err=True)
+            return _CANCELLED
         if not local:
             typer.echo(f"\ndetached; the jobs go on. To cancel them: fedhpc cancel {paths.root}")
             return 0

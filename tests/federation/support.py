@@ -61,6 +61,7 @@ class Submitter:
 
     def __init__(self, folder: Path, data_root: Path) -> None:
         self.runs_dir = folder / "runs"
+        self.data_root = data_root
         self._common = [f"cluster.runs_dir={self.runs_dir}", f"data.root={data_root}"]
 
     def options(self, sets: Sequence[str] = ()) -> list[str]:

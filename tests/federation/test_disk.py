@@ -63,6 +63,10 @@ def test_a_disk_that_stalls_for_longer_than_the_liveness_timeout_changes_nothing
 # --- a disk that is full -------------------------------------------------------------------------
 
 
+# Not over before the disk is full.
+LONGER = ["federation.num_rounds=25"]
+
+
 class SmallDisk:
     """A run whose folder lies on a small disk of its own that no other process sees."""
 
@@ -76,7 +80,7 @@ class SmallDisk:
         mount = 'mount -t tmpfs -o size=8m none "$0" && exec "$@"'
         self._submitter = submitter
         self._env = {**os.environ, "PYTHONPATH": python_path}
-        command = submitter.command(["isolation.slots=2"])
+        command = submitter.command([*LONGER, "isolation.slots=2"])
         self.process = subprocess.Popen(
             ["unshare", "--mount", "sh", "-c", mount, submitter.runs_dir, *command],
             stdout=subprocess.PIPE,
@@ -161,11 +165,11 @@ def end_all() -> Iterator[list[subprocess.Popen[str]]]:
 
 @pytest.mark.usefixtures("needs_mount")
 def test_a_disk_that_is_full_for_a_while_changes_nothing(
-    submitter: Submitter,
-    reference: Run,
-    tmp_path: Path,
-    end_all: list[subprocess.Popen[str]],
+    submitter: Submitter, tmp_path: Path, end_all: list[subprocess.Popen[str]]
 ) -> None:
+    (tmp_path / "reference").mkdir()
+    elsewhere = Submitter(tmp_path / "reference", submitter.data_root)
+    reference = elsewhere.run(LONGER, executor="debug")
     disk = SmallDisk(submitter, patience_s=60, folder=tmp_path)
     end_all.append(disk.process)
     paths = disk.paths
@@ -183,7 +187,7 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing(
     assert disk.process.returncode == 0, output
     assert status["state"] == "finished"
     assert status["model_sha256"] == reference.checksum
-    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert [line["round"] for line in lines] == list(range(26))
 
 
 @pytest.mark.usefixtures("needs_mount")
