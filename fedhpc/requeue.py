@@ -110,8 +110,10 @@ def queue_behind(job_id: str, server_job: str) -> None:
     _stay_until_done()
     # An `after:` that was met once is not looked at again, so it is set anew.
     slurm.control("requeuehold", job_id)
-    slurm.control("update", f"JobId={job_id}", f"Dependency=after:{server_job}")
-    slurm.control("release", job_id)
+    try:
+        slurm.control("update", f"JobId={job_id}", f"Dependency=after:{server_job}")
+    finally:  # without it the job starts at once, which is better than never
+        slurm.control("release", job_id)
 
 
 def _stay_until_done() -> None:

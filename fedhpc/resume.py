@@ -36,7 +36,7 @@ def check(paths: RunPaths, new: Config) -> dict[str, list[Any]]:
     there = [role for role, job in standing.jobs.items() if not job.ended]
     if latest_attempt(paths) and not standing.ended:
         _refuse(paths, f"expected one that has ended, found it {standing.status['state']}")
-    if there and standing.ended:
+    if there:
         _refuse(paths, f"expected all its jobs to be gone, found {words.roles(there)}")
     changes = {key: [was, now] for key, was, now in _differences(old, new)}
     problems = [
@@ -74,7 +74,8 @@ def prepare(
     manifest["resumed"] = [*manifest.get("resumed", []), entry]
     files.write_atomic(paths.config, config.dump(new))
     files.write_json(paths.manifest, manifest)
-    for path in (paths.rendezvous, paths.server_job, paths.submission):  # of servers that are gone
+    processes = [paths.process("server"), *paths.jobs.glob("client-*.json")]
+    for path in (paths.rendezvous, paths.server_job, paths.submission, *processes):  # all are gone
         path.unlink(missing_ok=True)
     run_state.write(paths, "pending", "resumed")
 

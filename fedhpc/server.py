@@ -75,7 +75,7 @@ class Server:
         if (ended := run_state.read(paths))["state"] in run_state.ENDED:
             raise RunError(
                 f"the run has ended already: {ended['state']} {ended['reason']}",
-                "submit it again; a run folder is used once",
+                f"to go on with it: fedhpc submit --resume {paths.root}",
             )
         self._attempt = _claim_attempt(paths)
         self._fence = rendezvous.Fence(paths, self._attempt)
@@ -292,6 +292,7 @@ class Server:
             logger.warning("a server with a higher attempt has come; this one leaves")
             return PlatformError.exit_code
         logger.log(logging.INFO if code == 0 else logging.ERROR, "%s %s", state, reason)
+        certificates.remove(self._paths.secrets)
         status = self._status() | {"exit_code": code}
         # A run that has failed, perhaps for this disk, has waited for it; one that is done has not.
         patience_s = None if code == 0 else _LAST_WRITE_S
@@ -375,7 +376,8 @@ def _claim_attempt(paths: RunPaths) -> int:
 
 
 def _stop_on_signal(signum: int, _frame: FrameType | None) -> None:
-    signal.signal(signum, signal.SIG_IGN)  # once: the way out is not to be interrupted
+    for number in (signal.SIGTERM, signal.SIGUSR2):  # the way out is not to be interrupted
+        signal.signal(number, signal.SIG_IGN)
     raise _Stop(signum)
 
 

@@ -83,6 +83,7 @@ class CheckpointStore:
         self._lock = threading.Lock()
         self._state_files: dict[int, frozenset[str]] = {}
         self._best: tuple[float, int] | None = None
+        self._damaged: set[int] = set()
         self._latest: Checkpoint | None = None  # not written
         self._written_round: int | None = None
         self._error: PlatformError | None = None
@@ -106,6 +107,8 @@ class CheckpointStore:
         CheckpointError
             If there are checkpoints, and every one is damaged.
         """
+        for left in self._paths.checkpoints.glob(".*.tmp"):  # of servers that were killed
+            shutil.rmtree(left, ignore_errors=True)
         problems = []
         newest: Checkpoint | None = None
         for server_round in reversed(rounds_of(self._paths)):
@@ -118,6 +121,7 @@ class CheckpointStore:
                 newest = files.persist(look, f"read {folder}")
             except (CheckpointError, PlatformError) as error:
                 problems.append(error.message)
+                self._damaged.add(server_round)
                 logger.error("%s; the checkpoint before it is used", error.message)
                 continue
             self._note(server_round, newest.state_files, newest.metrics)
@@ -131,8 +135,11 @@ class CheckpointStore:
 
     def refers_to(self, state_file: str) -> bool:
         """Return whether a checkpoint needs a file of a client's state."""
+        latest = self._latest
         with self._lock:
-            return any(state_file in names for names in self._state_files.values())
+            return (latest is not None and state_file in latest.state_files) or any(
+                state_file in names for names in self._state_files.values()
+            )
 
     # --- writing ---
 
@@ -155,8 +162,8 @@ class CheckpointStore:
                 "the disk of the run folder is too slow or hangs",
             )
         self._check()
-        self._latest = None
         self._begin(checkpoint)
+        self._latest = None
 
     def close(self, timeout_s: float = _SAVE_TIMEOUT_S) -> None:
         """Write the last checkpoint, due or not, and stop.
@@ -167,10 +174,11 @@ class CheckpointStore:
             If that fails, or takes longer than ``timeout_s`` seconds.
         """
         deadline_s = time.monotonic() + timeout_s
-        latest, self._latest = self._latest, None
+        latest = self._latest  # until it is written its files are needed
         in_time = self._idle.wait(timeout_s)
         if latest is not None and in_time and self._error is None:
             self._begin(latest)
+            self._latest = None
         in_time = in_time and self._idle.wait(max(0.0, deadline_s - time.monotonic()))
         if self._thread is not None:
             self._jobs.put(None)
@@ -223,6 +231,7 @@ class CheckpointStore:
             shutil.rmtree(beside, ignore_errors=True)
         self._note(checkpoint.server_round, checkpoint.state_files, checkpoint.metrics)
         self._written_round = checkpoint.server_round
+        self._damaged.discard(checkpoint.server_round)
         self._prune(checkpoint.server_round)
 
     def _note(
@@ -237,7 +246,8 @@ class CheckpointStore:
 
     def _prune(self, newest: int) -> None:
         """Remove what is neither among the last nor the best; those after ``newest`` are void."""
-        rounds = sorted(server_round for server_round in self._rounds() if server_round <= newest)
+        whole = self._rounds() - self._damaged
+        rounds = sorted(server_round for server_round in whole if server_round <= newest)
         kept = set(rounds[-self._settings.keep :])
         if self._best is not None and self._best[1] in rounds:
             kept.add(self._best[1])

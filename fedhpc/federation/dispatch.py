@@ -251,7 +251,7 @@ class Dispatch:
         """
         self._note_awake(now_s)
         if link in self._links:
-            patient = now_s < self._patient_until_s
+            patient = blame and now_s < self._patient_until_s
             if patient:
                 self._awaited.add(self._links[link].array_task)
             self._lose(link, reason, blame=blame and not patient)

@@ -111,7 +111,11 @@ def _encode_bulk(value: Any, buffers: list[BytesLike]) -> Any:
     if isinstance(value, np.random.RandomState):
         return {_TAG: "random_state", "state": _encode(value.get_state(legacy=False), buffers)}
     if type(value).__module__ == "torch" and type(value).__name__ == "Tensor":
-        return _encode_array("tensor", value.detach().cpu().numpy(), buffers)
+        try:
+            array = value.detach().cpu().numpy()
+        except (TypeError, RuntimeError) as error:  # numpy has no bfloat16, nothing sparse
+            raise CannotEncode(f"torch.Tensor: {error}") from error
+        return _encode_array("tensor", array, buffers)
     raise CannotEncode(f"{type(value).__module__}.{type(value).__qualname__}")
 
 

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from fedhpc.config import Config
-from fedhpc.errors import CheckpointError
+from fedhpc.errors import CheckpointError, RunError
 from fedhpc.federation import plain, seeds
 from fedhpc.federation.checkpoint import Checkpoint, CheckpointStore
 from fedhpc.federation.cohort import too_few
@@ -49,6 +49,7 @@ class Rounds:
         self._config = config
         self._every = config.checkpoint.every
         self._found: Checkpoint | None = None
+        self._lazy = ""
         self.final_arrays: ArrayRecord | None = None
         self.starts = 0
 
@@ -60,7 +61,7 @@ class Rounds:
         """Return why this run could not go on from a checkpoint; "" if it can."""
         if not self._every:
             return "checkpoint.every is 0"
-        return "" if self.starts else "the app has its own loop of rounds"
+        return self._lazy if self.starts else "the app has its own loop of rounds"
 
     def start(
         self,
@@ -87,7 +88,11 @@ class Rounds:
         PlatformError
             If a checkpoint could not be written.
         """
-        assert isinstance(grid, HpcGrid)  # noqa: S101  (apps get no other one)
+        if not isinstance(grid, HpcGrid):
+            raise RunError(
+                f"start() wants the grid that the ServerApp was called with, found a"
+                f" {type(grid).__name__}"
+            )
         self.starts += 1
         configs = (
             ConfigRecord() if train_config is None else train_config,
@@ -109,9 +114,15 @@ class Rounds:
         return rounds.result
 
     def _save(self, rounds: "_Rounds", metrics: dict[str, Any]) -> None:
-        if self._every:
-            due = rounds.done % self._every == 0 or rounds.done == rounds.num_rounds
-            self._store.save(rounds.capture(metrics), due=due)
+        if self.why_not():
+            return
+        checkpoint = rounds.capture(metrics)
+        if checkpoint is None:
+            self._lazy = f"the strategy makes {rounds.lazy} while it runs, not when it is made"
+            logger.warning("no checkpoints from round %d on: %s", rounds.done, self._lazy)
+            return
+        due = rounds.done % self._every == 0 or rounds.done == rounds.num_rounds
+        self._store.save(checkpoint, due=due)
 
 
 class _Rounds:
@@ -161,8 +172,13 @@ class _Rounds:
 
     # --- checkpoints ---
 
-    def capture(self, metrics: dict[str, Any]) -> Checkpoint:
-        """Return all that is needed to go on from here."""
+    @property
+    def lazy(self) -> str:
+        """What the strategy has made since, which a new one could not be given back."""
+        return ", ".join(sorted(self._state.lazy))
+
+    def capture(self, metrics: dict[str, Any]) -> Checkpoint | None:
+        """Return all that is needed to go on from here; None if a new strategy cannot hold it."""
         grid, files = self.grid.capture()
         history = {
             name: value for name, value in vars(self.result).items() if isinstance(value, dict)
@@ -174,7 +190,10 @@ class _Rounds:
             # Strategies change them: the round, and in many apps a learning rate.
             "configs": plain.encode([self.train_config, self.evaluate_config]),
         }
-        for path, encoded in self._state.changed().items():
+        changed = self._state.changed()
+        if self.lazy:
+            return None
+        for path, encoded in changed.items():
             parts[f"strategy.{path}"] = encoded
         if unknown := self._state.unknown - self._told:
             self._told |= unknown
@@ -185,7 +204,8 @@ class _Rounds:
         numbers = {
             key: float(value) for key, value in metrics.items() if isinstance(value, int | float)
         }
-        return Checkpoint(self.done, self.arrays, parts, files, numbers)
+        # A strategy may put other arrays into the record while the checkpoint is being written.
+        return Checkpoint(self.done, self.arrays.copy(), parts, files, numbers)
 
     def restore(self, found: Checkpoint) -> None:
         """Go on from a checkpoint.

@@ -7,13 +7,26 @@ state.
 
 import hashlib
 import json
-import sys
+import logging
+import threading
 from collections.abc import Iterator
+from enum import Enum
+from functools import partial
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
+
+import numpy as np
 
 from fedhpc.federation import plain
 from fedhpc.federation.plain import CannotEncode, Encoded
 
+# What does not change: it comes with the code.
+_PROGRAM = (
+    type, ModuleType, FunctionType, MethodType, BuiltinFunctionType, partial, logging.Logger,
+    type(threading.Lock()), type(threading.RLock()), PurePath,
+)  # fmt: skip
+_CONTAINERS = (dict, list, tuple, set, frozenset, str, bytes, int, float, complex, np.ndarray)
 _STATE_DICT = "state_dict()"
 _MAX_DEPTH = 8
 
@@ -33,20 +46,28 @@ class StrategyState:
     ----------
     unknown : set of str
         Attributes whose type cannot be kept, so that nobody knows whether they have changed.
+    lazy : set of str
+        Objects that have state and were not there at the beginning: a new strategy has nothing to
+        put it into.
     """
 
     def __init__(self, strategy: object) -> None:
         self._strategy = strategy
         self.unknown: set[str] = set()
+        self.lazy: set[str] = set()
+        self._members: dict[str, Enum] = {}
         self._at_start = {path: _Form(encoded) for path, encoded in self._values()}
+        self._holders = {path.rpartition(".")[0] for path in self._at_start}
 
     def changed(self) -> dict[str, Encoded]:
         """Return the values that are not those of the beginning, by path ("strategy.m_t")."""
-        return {
+        found = {
             path: encoded
             for path, encoded in self._values()
             if path not in self._at_start or self._at_start[path].differs(encoded)
         }
+        self.lazy = {path.rpartition(".")[0] for path in found} - self._holders - {""}
+        return found
 
     def restore(self, changed: dict[str, Encoded]) -> None:
         """Put changed values into the strategy.
@@ -78,25 +99,29 @@ class StrategyState:
             try:
                 yield path, plain.encode(value)
             except CannotEncode:
-                if _is_constant(value) or id(value) in above:
+                if isinstance(value, _PROGRAM) or id(value) in above:
                     continue
-                if hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
+                if isinstance(value, Enum):
+                    if self._members.setdefault(path, value) is not value:
+                        self._note_unknown(path, value)
+                elif hasattr(value, "state_dict") and hasattr(value, "load_state_dict"):
                     try:
                         yield f"{path}.{_STATE_DICT}", plain.encode(value.state_dict())
-                    except CannotEncode:
-                        self.unknown.add(f"{path} ({type(value).__name__})")
-                elif hasattr(value, "__dict__") and depth < _MAX_DEPTH:
+                    except Exception:  # whatever an object of the app's raises
+                        self._note_unknown(path, value)
+                elif _is_open(value) and depth < _MAX_DEPTH:
                     yield from self._look_into(value, f"{path}.", above, depth + 1)
                 else:
-                    self.unknown.add(f"{path} ({type(value).__name__})")
+                    self._note_unknown(path, value)
+
+    def _note_unknown(self, path: str, value: object) -> None:
+        self.unknown.add(f"{path} ({type(value).__name__})")
 
 
-def _is_constant(value: object) -> bool:
-    """Return whether a value is part of the program: a function, class, logger, lock, path, ..."""
-    if isinstance(value, list | tuple | dict | set | frozenset):
-        return False
-    module = type(value).__module__.partition(".")[0]
-    return isinstance(value, type) or module in sys.stdlib_module_names
+def _is_open(value: object) -> bool:
+    """Return whether all that an object holds is in its attributes."""
+    closed = isinstance(value, _CONTAINERS) or type(value).__module__.startswith("torch")
+    return hasattr(value, "__dict__") and not closed
 
 
 class _Form:

@@ -189,6 +189,31 @@ def test_files_of_client_states_stay_as_long_as_a_checkpoint_needs_them(paths: R
     assert len(list(paths.states.iterdir())) == 2
 
 
+def test_files_of_a_checkpoint_that_is_not_due_yet_stay_too(paths: RunPaths) -> None:
+    writer = store(paths)
+    states = ClientStates(paths, 0, writer.refers_to)
+    states.put(1, RecordDict({"m": ArrayRecord({"v": Array(np.arange(9))})}))
+    captured, names = states.capture()
+    parts = {"states": plain.encode(captured)}
+    writer.save(Checkpoint(1, ArrayRecord(), parts, names), due=False)
+    # The next round has replaced the state by the time that the server is stopped.
+    states.put(1, RecordDict({"m": ArrayRecord({"v": Array(np.arange(8))})}))
+    writer.close()
+    assert read(paths, 1).state_files == names
+
+
+def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(paths: RunPaths) -> None:
+    write(paths, 4, 6)
+    damage(paths.checkpoint(6) / "state.bin", "changed")
+    writer = store(paths, keep=2)
+    found = writer.load_newest()
+    assert found is not None
+    assert found.server_round == 4
+    writer.save(checkpoint(8), due=True)
+    writer.close()
+    assert rounds_of(paths) == [4, 8]
+
+
 @pytest.mark.parametrize("how", ["missing", "changed"])
 def test_a_checkpoint_with_a_damaged_state_of_a_client_is_damaged(
     paths: RunPaths, how: str

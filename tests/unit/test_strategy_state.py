@@ -8,6 +8,9 @@ import random
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from enum import Enum
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -205,15 +208,46 @@ def test_a_later_change_does_not_reach_what_was_kept() -> None:
     assert new.weights["a"].tolist() == [0.5, 0.5]
 
 
+class Phase(Enum):
+    FIRST = 1
+    SECOND = 2
+
+
+class Mapping(dict[str, int]):
+    """A container of its own type."""
+
+
 def test_an_attribute_that_cannot_be_kept_is_named() -> None:
     class Odd:
         def __init__(self) -> None:
             self.objects = [object()]
+            self.own = Mapping(a=1)
+            self.half = torch.zeros(2, dtype=torch.bfloat16)
+            self.phase = Phase.FIRST
+            self.other = Phase.FIRST
+            self.when = datetime.now(UTC)
+            self.path = Path("x")
             self.fine = 1
 
-    state = StrategyState(Odd())
+    odd = Odd()
+    state = StrategyState(odd)
+    odd.phase = Phase.SECOND
     assert state.changed() == {}
-    assert state.unknown == {"objects (list)"}
+    assert state.unknown == {
+        "objects (list)", "own (Mapping)", "half (Tensor)", "phase (Phase)", "when (datetime)",
+    }  # fmt: skip
+
+
+def test_an_object_that_is_made_late_is_told_apart() -> None:
+    late = Own()
+    late.optimizer = None  # type: ignore[assignment]
+    state = StrategyState(late)
+    assert state.changed() == {}
+    assert state.lazy == set()
+    late.optimizer = Own().optimizer
+    late.optimizer.param_groups[0]["lr"] = 0.2
+    state.changed()
+    assert state.lazy == {"optimizer"}
 
 
 @pytest.mark.parametrize(
