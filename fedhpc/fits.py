@@ -9,7 +9,6 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Callable
 
-from fedhpc import files
 from fedhpc.config import Config
 from fedhpc.errors import (
     FedHPCError,
@@ -23,7 +22,7 @@ from fedhpc.errors import (
 )
 from fedhpc.federation import grid_pb2, message_ids
 from fedhpc.federation.link import LinkClient
-from fedhpc.held import Held, LinkBlobs, Result, failure, fit_of, mb
+from fedhpc.held import Held, InputsGone, LinkBlobs, Result, failure, fit_of, mb
 from fedhpc.isolation import ChildPool, Need, Slot, channel
 from fedhpc.isolation.peaks import Peaks
 from fedhpc.isolation.telemetry import Sampler, Usage
@@ -94,8 +93,15 @@ class Fits:
             ).start()
 
     def held(self) -> list[grid_pb2.Held]:
-        """Return the fits that run here, or whose results the server has not accepted."""
+        """Return the fits that run here, or whose results the server has not accepted.
+
+        Failures are forgotten. The server may have had one and be waiting for the next try, which
+        has the same id; if not, the fit runs again.
+        """
         with self._lock:
+            for message_id, held in list(self._held.items()):
+                if held.result is not None and held.result.message.HasField("failure"):
+                    del self._held[message_id]
             return [
                 grid_pb2.Held(message_id=message_id, fingerprint=held.work.fingerprint)
                 for message_id, held in sorted(self._held.items())
@@ -115,9 +121,9 @@ class Fits:
                 held.wanted = False
             if link is not None:
                 self._send_capacity()  # it may have changed since the greeting
-                for message_id, reason in self._returns.items():
+                returns, self._returns = self._returns, {}
+                for message_id, reason in returns.items():
                     self._hand_back(message_id, reason)
-                self._returns.clear()
 
     def handle(self, event: grid_pb2.ToArrayTask) -> None:
         """Do what the server says."""
@@ -154,11 +160,9 @@ class Fits:
             if held.result is None:
                 return
             if missing := held.result.missing_files(self._paths):
-                del self._held[message_id]
-                held.result.close()
-                self._hand_back(message_id, f"of its result {', '.join(missing)} is gone")
-            elif self._link is not None:
-                self._link.send(held.result.events())
+                self._give_up(held, f"of its result {', '.join(missing)} is gone")
+            else:
+                self._send(held, held.result)
 
     def _forget(self, message_id: str) -> None:
         with self._lock:
@@ -202,6 +206,11 @@ class Fits:
             except GpuLost as error:
                 self._lose(slot, held, error)
                 continue
+            except InputsGone as error:
+                logger.warning("%s", error)
+                with self._lock:
+                    self._give_up(held, error.message)
+                continue
             except FitCancelled:
                 continue
             finally:
@@ -211,8 +220,8 @@ class Fits:
                     result.close()
                     continue
                 held.result = result
-                if self._link is not None and held.wanted:
-                    self._link.send(result.events())
+                if held.wanted:
+                    self._send(held, result)
 
     def _capacity(self) -> int:
         """See `capacity`; the lock is held."""
@@ -232,9 +241,29 @@ class Fits:
             slots = grid_pb2.Slots(slots=self._capacity())
             self._link.send([grid_pb2.FromArrayTask(slots=slots)])
 
-    def _hand_back(self, message_id: str, reason: str) -> None:
-        """Let another array task have a fit; the lock is held."""
+    def _send(self, held: Held, result: Result) -> None:
+        """Send a result; the lock is held."""
         if self._link is not None:
+            try:
+                events = result.events()
+            except OSError as error:
+                self._give_up(held, f"its result could not be read: {error}")
+            else:
+                self._link.send(events)
+
+    def _give_up(self, held: Held, reason: str) -> None:
+        """Let another array task have a fit, unless it was cancelled; the lock is held."""
+        message_id = held.work.message_id
+        if self._held.get(message_id) is held:
+            del self._held[message_id]
+            if held.result is not None:
+                held.result.close()
+            self._hand_back(message_id, reason)
+
+    def _hand_back(self, message_id: str, reason: str) -> None:
+        if self._link is None:  # the server may be told just now that it is held here
+            self._returns[message_id] = reason
+        else:
             back = grid_pb2.HandBack(message_id=message_id, reason=reason)
             self._link.send([grid_pb2.FromArrayTask(hand_back=back)])
 
@@ -244,13 +273,7 @@ class Fits:
         with self._lock:
             self._slots = [other for other in self._slots if not set(other.gpus) & set(slot.gpus)]
             self._send_capacity()
-            message_id = held.work.message_id
-            if self._held.get(message_id) is held:
-                del self._held[message_id]
-                if self._link is not None:
-                    self._hand_back(message_id, error.message)
-                else:  # the server may be told just now that it is held here
-                    self._returns[message_id] = error.message
+            self._give_up(held, error.message)
             useless = not self._slots
         if useless:
             self._on_useless(error)
@@ -261,9 +284,9 @@ class Fits:
         """Run a fit; what goes wrong is a result too, unless the fit can run again or elsewhere."""
         work, fds = held.work, []
         try:
-            fds = self._open_inputs(held)
+            fds = held.open_inputs(self._paths)
             return self._run_again(held, fds, slot, wait_s)
-        except (GpuLost, FitCancelled):
+        except (GpuLost, FitCancelled, InputsGone):
             raise
         except FitFailed as error:
             final = isinstance(error, FitOutOfMemory)  # it had a GPU for itself
@@ -369,18 +392,3 @@ class Fits:
                 self._need = need
             if self._capacity() != before:
                 self._send_capacity()
-
-    def _open_inputs(self, held: Held) -> list[int]:
-        """Return descriptors of the request and its blobs, this fit's own to close."""
-        work = held.work
-        fds = [channel.write_memory([work.SerializeToString()])]
-        try:
-            for blob in work.blobs:
-                if blob.in_file:
-                    fds.append(files.open_whole(self._paths.blob(blob.digest), blob.size))
-                else:
-                    fds.append(held.inputs.pop(blob.digest))
-        except (KeyError, PlatformError, OSError) as error:
-            channel.close_all(fds)
-            raise PlatformError(f"the arrays of {work.message_id} are gone: {error}") from error
-        return fds

@@ -4,10 +4,16 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from fedhpc import files
+from fedhpc.errors import PlatformError
 from fedhpc.federation import grid_pb2
 from fedhpc.federation.link import chunks
 from fedhpc.isolation import Reply, Slot, channel
 from fedhpc.paths import RunPaths
+
+
+class InputsGone(PlatformError):
+    """The arrays of a fit are not to be had here; its client is not to blame."""
 
 
 @dataclass(frozen=True)
@@ -31,12 +37,12 @@ class Result:
 
     def missing_files(self, paths: RunPaths) -> list[str]:
         """Return the names of its blobs' files that are gone: a server took them, and died."""
-        files = [
+        blobs = [
             paths.result_blob(self.message.message_id, blob.digest)
             for blob in self.message.blobs
             if blob.in_file
         ]
-        return [path.name for path in files if not path.exists()]
+        return [path.name for path in blobs if not path.exists()]
 
     def close(self) -> None:
         """Give the memory of the blobs back."""
@@ -67,6 +73,26 @@ class Held:
     inputs: dict[str, int]
     wanted: bool = True
     result: Result | None = None
+
+    def open_inputs(self, paths: RunPaths) -> list[int]:
+        """Return descriptors of the request and its blobs, for the caller to close.
+
+        Raises
+        ------
+        InputsGone
+            If a blob is not there.
+        """
+        fds = [channel.write_memory([self.work.SerializeToString()])]
+        try:
+            for blob in self.work.blobs:
+                if blob.in_file:
+                    fds.append(files.open_whole(paths.blob(blob.digest), blob.size))
+                else:
+                    fds.append(self.inputs.pop(blob.digest))
+        except (KeyError, PlatformError, OSError) as error:
+            channel.close_all(fds)
+            raise InputsGone(f"the arrays of {self.work.message_id} are gone: {error}") from error
+        return fds
 
 
 class LinkBlobs:

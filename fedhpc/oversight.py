@@ -23,6 +23,7 @@ _FIRST_LOOK_S = 2.0
 _LOOK_S = (6.0, 12.0)
 _ALONE_S = 3.0
 _ARRAY_GONE_S = 15.0
+_ARRAY_UNKNOWN_S = 60.0  # a controller that restarts may know no job for a moment
 _FIRST_ASK_S = 5.0
 _MAX_ASK_S = 30.0
 
@@ -157,11 +158,11 @@ class ClientArray:
         self._ask_s = 0.0
         self._pause_s = _FIRST_ASK_S
         self._gone_since_s: float | None = None
+        self._gone_after_s = _ARRAY_GONE_S
 
     def exists(self) -> bool:
-        """Return whether an array task runs or waits in the queue, asking Slurm now."""
-        self._ask()
-        return any(not job.ended for job in self._jobs.values())
+        """Return whether an array task runs or waits in the queue, or Slurm does not say so now."""
+        return not self._ask() or any(not job.ended for job in self._jobs.values())
 
     def check(self, alone_s: float, connected: int) -> None:
         """Decide whether to go on waiting.
@@ -203,21 +204,25 @@ class ClientArray:
             except PlatformError as error:
                 logger.warning("pending array tasks could not be cancelled: %s", error.message)
 
-    def _ask(self) -> None:
+    def _ask(self) -> bool:
+        """Ask Slurm; return whether it answered. Where it knows no job, the last word stands."""
         jobs = submission.read(self._paths)
         if jobs is None or not jobs.clients:
-            return
+            return True
         try:
-            self._jobs = slurm.jobs(jobs.clients, retry_s=0.0)
+            found = slurm.jobs(jobs.clients, retry_s=0.0)
         except PlatformError as error:
             logger.warning("the state of the client array is not known: %s", error.message)
-            return
-        over = all(job.ended for job in self._jobs.values())
+            return False
+        self._jobs = found or self._jobs
+        over = all(job.ended for job in found.values())
         self._gone_since_s = (self._gone_since_s or time.monotonic()) if over else None
+        self._gone_after_s = _ARRAY_GONE_S if found else _ARRAY_UNKNOWN_S
+        return True
 
     def _check_gone(self, connected: int) -> None:
         since_s = self._gone_since_s
-        if since_s and not connected and time.monotonic() - since_s > _ARRAY_GONE_S:
+        if since_s and not connected and time.monotonic() - since_s > self._gone_after_s:
             raise PlatformError(
                 f"every array task has ended, and the run has not{self.said()}",
                 "see the logs of the client array in the run folder's jobs/; with more time or"

@@ -106,7 +106,10 @@ class Federation(Section):
     placement: Literal["any", "pinned"] = Field(
         "any", description="any: an array task trains any client; pinned: client k on task k mod T"
     )
-    round_timeout_s: Seconds = Field(3600, description="deadline of a round's fits, in seconds")
+    round_timeout_s: Seconds = Field(
+        3600,
+        description="deadline of a round's fits, in seconds in which array tasks are connected",
+    )
 
     @property
     def clients_asked(self) -> int:

@@ -171,8 +171,10 @@ class Cohort:
                 self._good[answer.message_id] = answer
             else:
                 self._fail(answer)
-        if not self.closed:
-            return []
+        return self.weed() if self.closed else []
+
+    def weed(self) -> list[Answer]:
+        """Refuse replies that do not go with the others; return errors in their place."""
         good = list(self._good.values())
         refused = self._refuse(good) if good else []
         for error in refused:

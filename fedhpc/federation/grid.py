@@ -1,7 +1,7 @@
 """Flower's Grid over a `Transport`: a ServerApp talks to the clients through this."""
 
 import logging
-import time
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 _SEQUENCES = 1_000_000  # messages of the same verb to a client in a round
 _TOO_LATE = "no result before the round's deadline"
-_PAUSE_S = 3600.0  # how long one wait lasts where the app sets no timeout
+_STEP_S = 1.0  # of waiting: the transport's clock wants to be read
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ class HpcGrid(Grid):
         messages : iterable of Message
             See `send_and_receive`.
         timeout : float, optional
-            In seconds.
+            In seconds of the transport's clock: it stands while no work can go on.
         wanted : int, optional
             How many successes are enough: the rest is cancelled then. All by default.
         compare_metrics : bool
@@ -197,10 +197,13 @@ class HpcGrid(Grid):
             [request.message_id for request in requests],
             retry=self._retry,
             wanted=None if before else wanted,
-            refuse=partial(updates.refused, compare_metrics=compare_metrics),
+            # Accepted ones alone would be another majority than the one that they were part of.
+            refuse=partial(updates.refused, compare_metrics=compare_metrics)
+            if before is None
+            else lambda _: [],
         )
         self._send(requests)
-        late = self._wait(cohort, None if timeout is None else time.monotonic() + timeout)
+        late = self._wait(cohort, math.inf if timeout is None else timeout)
         outcome = cohort.outcome(late)
         if before is not None:
             outcome = before.complete(outcome, asked, wanted, self._failed_before(before))
@@ -209,37 +212,41 @@ class HpcGrid(Grid):
 
     # --- inside ---
 
-    def _wait(self, cohort: Cohort, deadline_s: float | None) -> list[str]:
+    def _wait(self, cohort: Cohort, timeout_s: float) -> list[str]:
         """Receive until a cohort is closed or time is over; return what came after that."""
         count = len(cohort.waiting)
         came: dict[str, Response] = {}
-        while not cohort.closed:
-            left_s = _PAUSE_S if deadline_s is None else deadline_s - time.monotonic()
-            if left_s <= 0:
-                break
+        deadline_s = self._transport.clock_s() + timeout_s
+        while not cohort.closed and (left_s := deadline_s - self._transport.clock_s()) > 0:
             batch = {}
-            for response in self._transport.receive(cohort.waiting, left_s):
+            for response in self._transport.receive(cohort.waiting, min(left_s, _STEP_S)):
                 told, answer = self._answer(response, cohort.tries(response.message_id))
                 batch[answer.message_id] = answer
                 came[answer.message_id] = told
             refused = cohort.take(batch.values())
             for name, answer in sorted(batch.items()):
                 self._note(came[name], tries=answer.tries, late=cohort.is_late(name))
-            for answer in refused:
-                failure = grid_pb2.Failure(reason=answer.reason)
-                told = replace(came[answer.message_id], failure=failure, fit=None)
-                self._note(told, tries=answer.tries, refused=True)
+            self._note_refused(refused, came)
             if not cohort.closed:
                 self._transport.send([self._open[name].request for name in cohort.again()])
             self.recorder.decided(count - len(cohort.waiting))
-        if not cohort.waiting:
+        if not cohort.closed:
+            self._note_refused(cohort.weed(), came)
+        unanswered = cohort.waiting.difference(cohort.again())  # it is too late to send these
+        if not unanswered:
             return []
-        late = self._transport.withdraw(cohort.waiting)
+        late = self._transport.withdraw(unanswered)
         for response in late:
             self._note(response, tries=cohort.tries(response.message_id), late=True)
             for entry in response.payload.arrays if response.payload else ():
                 files.remove(self._paths.result_blob(response.message_id, entry.digest))
         return [response.message_id for response in late]
+
+    def _note_refused(self, errors: list[Answer], came: dict[str, Response]) -> None:
+        for error in errors:
+            failure = grid_pb2.Failure(reason=error.reason)
+            told = replace(came[error.message_id], failure=failure, fit=None)
+            self._note(told, tries=error.tries, refused=True)
 
     def _failed_before(self, before: Entry) -> list[Answer]:
         """Return the errors of a cohort whose accepted part alone was asked again."""

@@ -38,6 +38,10 @@ class InProcess:
                 return [self._answer(request)]
         return []
 
+    def clock_s(self) -> float:
+        """Return a clock that runs with each fit; see `Transport`."""
+        return time.monotonic()
+
     def withdraw(self, message_ids: Iterable[str]) -> list[Response]:
         """Forget requests; see `Transport`."""
         for message_id in message_ids:

@@ -18,7 +18,7 @@ from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import dispatch, grid_pb2, link
 from fedhpc.federation.blobs import BlobStore
 from fedhpc.federation.peer import Peer, clash
-from fedhpc.federation.transport import Request, Response
+from fedhpc.federation.transport import Request, Response, WorkClock
 from fedhpc.paths import RunPaths
 
 logger = logging.getLogger(__name__)
@@ -93,6 +93,7 @@ class LinkServer:
         self._done: Counter[int] = Counter()
         self._failed: Counter[int] = Counter()
         self._lonely_since_s = time.monotonic()
+        self._clock = WorkClock(self._lonely_since_s)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="links", daemon=True)
         self._server: grpc.aio.Server | None = None
@@ -168,14 +169,19 @@ class LinkServer:
         """Return answers; see `Transport`."""
         wanted = set(message_ids)
         deadline_s = time.monotonic() + timeout_s
-        with self._news:
-            while not (ready := wanted & self._responses.keys()):
-                self._check_company()
-                left_s = deadline_s - time.monotonic()
-                if left_s <= 0:
-                    return []
-                self._news.wait(min(left_s, 1.0))
-            return [self._responses.pop(message_id) for message_id in ready]
+        while True:
+            left_s = deadline_s - time.monotonic()
+            with self._news:
+                self._news.wait_for(lambda: wanted & self._responses.keys(), min(left_s, 1.0))
+                if ready := wanted & self._responses.keys():
+                    return [self._responses.pop(message_id) for message_id in ready]
+            self._check_company()  # it may wait for Slurm: not while the event loop waits for us
+            if left_s <= 0:
+                return []
+
+    def clock_s(self) -> float:
+        """Return a clock that stands while no work can go on; see `Transport`."""
+        return self._clock.read(time.monotonic(), at_work=self._at_work)
 
     def withdraw(self, message_ids: Iterable[str]) -> list[Response]:
         """Forget requests; see `Transport`."""
@@ -194,9 +200,12 @@ class LinkServer:
         self._loop.call_soon_threadsafe(withdraw)
         return late
 
+    @property
+    def _at_work(self) -> bool:
+        return bool(self._peers) and self._machine.started
+
     def _check_company(self) -> None:
-        working = self._peers and self._machine.started
-        idle_s = 0.0 if working else time.monotonic() - self._lonely_since_s
+        idle_s = 0.0 if self._at_work else time.monotonic() - self._lonely_since_s
         self._options.on_idle(idle_s, len(self._peers))
 
     # --- the event loop's side ---

@@ -288,8 +288,10 @@ class _Rounds:
         )
         with seconds.measure("evaluate_clients"):
             outcome = grid.exchange(
-                messages, timeout=self.timeout_s, compare_metrics=self._averages
+                messages, timeout=self.timeout_s, compare_metrics=self._averages, journalled=True
             )
+        if outcome.accepted:  # else no state changes, and who mends the cause is not bound by it
+            grid.journal.write(outcome)
         outcome.commit()
         self._seed(server_round, "aggregate_evaluate")
         client_metrics = strategy.aggregate_evaluate(server_round, outcome.replies)

@@ -7,6 +7,8 @@ from typing import Protocol
 from fedhpc.federation import grid_pb2
 from fedhpc.federation.payload import Packed
 
+_STALLED_S = 5.0
+
 
 @dataclass(frozen=True)
 class Request:
@@ -47,6 +49,30 @@ class Response:
     host: str = ""
 
 
+class WorkClock:
+    """Seconds in which work could go on, read about every second by somebody who waits.
+
+    Between two readings far from each other this process was stalled, or busy itself: what has
+    been answered meanwhile is not late.
+
+    Parameters
+    ----------
+    now_s : float
+        The clock.
+    """
+
+    def __init__(self, now_s: float) -> None:
+        self._now_s = now_s
+        self._worked_s = 0.0
+
+    def read(self, now_s: float, *, at_work: bool) -> float:
+        """Return the seconds so far; those since the last reading count if somebody is at work."""
+        step_s, self._now_s = now_s - self._now_s, now_s
+        if at_work and step_s < _STALLED_S:
+            self._worked_s += step_s
+        return self._worked_s
+
+
 class Transport(Protocol):
     """Carries requests to where they run."""
 
@@ -61,6 +87,9 @@ class Transport(Protocol):
         PlatformError
             If nobody is there, or will be, to answer.
         """
+
+    def clock_s(self) -> float:
+        """Return a clock for deadlines, to be read about every second; see `WorkClock`."""
 
     def withdraw(self, message_ids: Iterable[str]) -> list[Response]:
         """Forget requests; running fits are cancelled. Returns answers that have come already."""

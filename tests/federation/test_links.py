@@ -430,6 +430,38 @@ def test_the_server_fails_clearly_when_nobody_comes(tmp_path: Path) -> None:
     service.links.finish("over")
 
 
+def test_whoever_waits_for_slurm_does_not_hold_the_links_up(tmp_path: Path) -> None:
+    asked, answered = threading.Event(), threading.Event()
+
+    def ask(*_: object) -> None:
+        asked.set()
+        answered.wait(10)
+
+    service = Service(tmp_path, on_idle=ask, liveness_timeout_s=30)
+    waiter = threading.Thread(target=service.links.receive, args=(["b"], 0.1))
+    waiter.start()
+    assert asked.wait(5)
+    peer = service.client()
+    peer.next("welcome")
+    service.send("a")
+    peer.next("work")
+    peer.answer("a")
+    peer.next("accepted", 3)
+    answered.set()
+    waiter.join(10)
+    service.links.finish("over")
+
+
+def test_the_clock_for_deadlines_stands_while_no_array_task_is_there(service: Service) -> None:
+    start_s = service.links.clock_s()
+    time.sleep(0.2)
+    assert service.links.clock_s() == start_s
+    service.client().next("welcome")
+    start_s = service.links.clock_s()
+    time.sleep(0.2)
+    assert service.links.clock_s() >= start_s + 0.2
+
+
 def test_everybody_is_told_when_the_run_ends(service: Service) -> None:
     peer = service.client()
     peer.next("welcome")

@@ -1,6 +1,8 @@
 """Which fits run again after a death, and how often."""
 
+import functools
 import logging
+import os
 import signal
 import threading
 import time
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 from entries import wait_until
 
-from fedhpc import config
+from fedhpc import config, files
 from fedhpc.errors import (
     FitDied,
     FitFailed,
@@ -76,6 +78,7 @@ class Link:
 
     def __init__(self) -> None:
         self.results: list[grid_pb2.Result] = []
+        self.backs: list[grid_pb2.HandBack] = []
         self.came = threading.Event()
 
     def send(self, events: Any) -> None:
@@ -83,6 +86,25 @@ class Link:
             if event.HasField("result"):
                 self.results.append(event.result)
                 self.came.set()
+            elif event.HasField("hand_back"):
+                self.backs.append(event.hand_back)
+                self.came.set()
+
+
+def succeed(pool: DyingPool, message_id: str, *blobs: int) -> None:
+    """Let the next call of a pool return a result."""
+    result = grid_pb2.Result(message_id=message_id)
+    for i in range(len(blobs)):
+        result.blobs.add(digest=f"b{i}", size=1)
+    done = channel.write_memory([result.SerializeToString()])
+    reply = Reply([done, *blobs], 0, 0, 0, 0, 0, [])
+
+    def run(*_: object, **__: object) -> Reply:
+        pool.calls += 1
+        pool.during()
+        return reply
+
+    pool.run = run  # type: ignore[method-assign, assignment]
 
 
 def start(pool: DyingPool, folder: Path) -> tuple[Fits, Link, grid_pb2.Work]:
@@ -194,8 +216,9 @@ def test_a_fit_that_comes_again_right_after_its_cancel_has_a_result_of_its_own(
 
 
 def test_results_from_before_are_sent_to_a_server_only_when_it_wants_them(tmp_path: Path) -> None:
-    pool = DyingPool([lambda: FitFailed("ValueError: x")])
+    pool = DyingPool([])
     fits, link, work = start(pool, tmp_path)
+    succeed(pool, work.message_id)
     work.fingerprint = "f"
     pool.during = lambda: [fits.use(None), fits.use(link)]  # type: ignore[arg-type, func-returns-value]
     fits.handle(grid_pb2.ToArrayTask(work=work))
@@ -212,6 +235,57 @@ def test_results_from_before_are_sent_to_a_server_only_when_it_wants_them(tmp_pa
     fits.handle(grid_pb2.ToArrayTask(accepted=accepted))
     assert fits.held() == []
     assert (pool.calls, len(link.results)) == (1, 1)
+
+
+def test_failures_from_before_are_not_offered_but_run_again_if_they_are_asked_for(
+    tmp_path: Path,
+) -> None:
+    """The server may have had one, and wait for the retry that another array task runs."""
+    pool = DyingPool([lambda: FitFailed("ValueError: x")])
+    fits, link, work = start(pool, tmp_path)
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    fits.use(None)  # the link broke before the server could say that it has it
+    assert fits.held() == []
+    fits.use(link)  # type: ignore[arg-type]
+    fits.handle(grid_pb2.ToArrayTask(keep=grid_pb2.Keep(message_id=work.message_id)))
+    assert len(link.results) == 1
+    link.came.clear()
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    assert (pool.calls, len(link.results)) == (2, 2)
+
+
+def test_a_result_that_cannot_be_mapped_is_handed_back_and_the_slot_goes_on(tmp_path: Path) -> None:
+    pool = DyingPool([])
+    fits, link, work = start(pool, tmp_path)
+    backs = link.backs
+    closed = channel.write_memory([b"x"])
+    os.close(closed)
+    succeed(pool, work.message_id, closed)
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    assert "its result could not be read" in backs[0].reason
+    assert fits.held() == []
+    link.came.clear()
+    succeed(pool, work.message_id)
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    assert not link.results[0].HasField("failure")
+
+
+def test_a_fit_whose_arrays_are_not_there_is_handed_back_and_no_failure_of_its_client(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fits, link, work = start(DyingPool([]), tmp_path)
+    open_whole = functools.partial(files.open_whole, timeout_s=0.1)
+    monkeypatch.setattr(files, "open_whole", open_whole)
+    work.blobs.add(digest="d", size=3, in_file=True)
+    fits.handle(grid_pb2.ToArrayTask(work=work))
+    assert link.came.wait(5)
+    assert (len(link.results), len(link.backs)) == (0, 1)
+    assert f"the arrays of {work.message_id} are gone: wanted" in link.backs[0].reason
+    assert fits.held() == []
 
 
 def test_a_result_whose_file_is_gone_is_handed_back(tmp_path: Path) -> None:

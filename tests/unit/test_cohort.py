@@ -1,5 +1,6 @@
 """Cohorts through the real grid and loop, with fits in this process and no link."""
 
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fedhpc.federation.inprocess import InProcess
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.rounds import Rounds
 from fedhpc.federation.states import ClientStates
-from fedhpc.federation.transport import Request, Response
+from fedhpc.federation.transport import Request, Response, WorkClock
 from fedhpc.files import read_json, read_lines
 from fedhpc.paths import RunPaths
 
@@ -38,13 +39,22 @@ class Transport(InProcess):
         self.late: set[int] = set()  # these have answered just when nobody waits any more
         self.sent: list[int] = []
         self.gone: list[int] = []
+        self.stalls_s: list[float] = []  # nobody is at work for so long, where anybody waits
+        self._stood_s = 0.0
         self._together = together
+
+    def clock_s(self) -> float:
+        return super().clock_s() - self._stood_s
 
     def send(self, requests: Sequence[Request]) -> None:
         self.sent += [request.client_id for request in requests]
         super().send(requests)
 
     def receive(self, message_ids: Iterable[str], timeout_s: float) -> list[Response]:
+        if self.stalls_s:
+            time.sleep(self.stalls_s[0])
+            self._stood_s += self.stalls_s.pop(0)
+            return []
         wanted = sorted(
             (name for name in set(message_ids) & self._waiting.keys()
              if self._waiting[name].client_id not in self.silent),
@@ -85,9 +95,13 @@ class Federation:
             seen = int(context.state["seen"]["n"]) if "seen" in context.state else 0
             context.state["seen"] = MetricRecord({"n": seen + 1})
             w = message.content["arrays"]["w"].numpy() + np.float32(client + 1)
+            w = np.resize(w, self.shapes.get(client, w.shape))
             metrics = MetricRecord({"num-examples": 1, "seen": seen})
             arrays = ArrayRecord({"w": Array(w)})
             return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+        # What a client adds to: it says in which shape.
+        self.shapes: dict[int, tuple[int, ...]] = {}
 
         self.transport = Transport(Prepared(self.config, self.paths, spec, app), together)
         self.grid = HpcGrid(
@@ -100,9 +114,9 @@ class Federation:
             retry=self.config.failures.retry,
         )
 
-    def run(self, rounds: int = 1, timeout: float = 3600) -> list[float]:
+    def run(self, rounds: int = 1, timeout: float = 3600, evaluate: float = 0.0) -> list[float]:
         """Return the model's first value after each round that it changed in."""
-        strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0)
+        strategy = FedAvg(fraction_train=1.0, fraction_evaluate=evaluate)
         seen: list[float] = []
 
         def look(_round: int, arrays: ArrayRecord) -> None:
@@ -121,6 +135,11 @@ class Federation:
     @property
     def failed(self) -> list[tuple[int, int]]:
         return [(fit["client"], fit["try"]) for fit in read_lines(self.paths.fits) if not fit["ok"]]
+
+
+def messages_of(federation: Federation) -> list[Message]:
+    strategy = FedAvg(fraction_train=1.0)
+    return list(strategy.configure_train(1, START, ConfigRecord(), federation.grid))
 
 
 def nothing(client: int, server_round: int) -> None:
@@ -182,9 +201,7 @@ def test_a_retry_that_the_deadline_cuts_off_leaves_the_reason_of_the_failure(
 
 def test_an_apps_own_loop_has_retries_too(tmp_path: Path) -> None:
     federation = Federation(tmp_path, fails(0, times=1))
-    strategy = FedAvg(fraction_train=1.0)
-    messages = list(strategy.configure_train(1, START, ConfigRecord(), federation.grid))
-    replies = federation.grid.send_and_receive(messages)
+    replies = federation.grid.send_and_receive(messages_of(federation))
     assert [reply.metadata.src_node_id for reply in replies] == [1, 2, 3, 4, 5, 6]
     assert all(reply.has_content() for reply in replies)
     assert not federation.paths.accepted.exists()
@@ -192,9 +209,7 @@ def test_an_apps_own_loop_has_retries_too(tmp_path: Path) -> None:
 
 def test_what_an_app_pushes_it_pulls_with_errors_and_without_retries(tmp_path: Path) -> None:
     federation = Federation(tmp_path, fails(0))
-    strategy = FedAvg(fraction_train=1.0)
-    messages = list(strategy.configure_train(1, START, ConfigRecord(), federation.grid))
-    waiting = set(federation.grid.push_messages(messages))
+    waiting = set(federation.grid.push_messages(messages_of(federation)))
     replies = []
     while waiting:
         for reply in federation.grid.pull_messages(waiting):
@@ -264,6 +279,34 @@ def test_a_round_closes_at_the_last_success_needed_and_counts_everybody_once(
     assert sorted(federation.transport.gone) == [0, 1]
 
 
+def test_time_in_which_nobody_can_work_does_not_bring_the_deadline_nearer(tmp_path: Path) -> None:
+    federation = Federation(tmp_path, nothing, together=CLIENTS)
+    federation.transport.stalls_s = [0.6]
+    assert federation.run(timeout=0.5) == [3.5]
+    assert federation.lines[0]["failures"] == 0
+
+
+def test_the_clock_of_work_stands_while_nobody_works_or_this_process_was_stalled() -> None:
+    clock = WorkClock(100.0)
+    assert clock.read(101.0, at_work=True) == 1.0
+    assert clock.read(102.0, at_work=False) == 1.0
+    assert clock.read(3702.0, at_work=True) == 1.0
+    assert clock.read(3703.0, at_work=True) == 2.0
+
+
+def test_a_reply_of_another_shape_is_refused_when_the_deadline_closes_the_round_too(
+    tmp_path: Path,
+) -> None:
+    federation = Federation(tmp_path, nothing, retry=1)
+    federation.shapes = {5: (3,)}
+    federation.transport.silent = {0}
+    assert federation.run(timeout=0.3) == [(2 + 3 + 4 + 5) / 4]
+    assert federation.lines[0]["failures"] == 2
+    assert federation.failed == [(5, 1), (0, 1)]
+    assert federation.transport.sent.count(5) == 1  # it is too late for another try
+    assert federation.transport.gone == [0]
+
+
 def test_of_those_that_come_at_once_the_first_clients_count(tmp_path: Path) -> None:
     federation = Federation(tmp_path, nothing, together=6, federation=OVER)
     assert federation.run() == [(1 + 2 + 3 + 4) / 4]
@@ -316,6 +359,35 @@ def test_an_entry_of_another_cohort_is_not_used(
     again = Federation(tmp_path, nothing)
     assert again.run() == [3.5]
     assert "is of another cohort" in caplog.text
+
+
+def test_replies_that_went_with_all_others_are_not_odd_when_the_accepted_are_asked_alone(
+    tmp_path: Path,
+) -> None:
+    first = Federation(tmp_path, nothing, together=6)
+    # Of six too many differ for anybody to be odd; of the four that count, two are like the model.
+    first.shapes = {2: (1, 2), 3: (2, 1), 4: (4,), 5: (1, 4)}
+    outcome = first.grid.exchange(messages_of(first), wanted=4, journalled=True)
+    assert [answer.client_id for answer in outcome.accepted] == [0, 1, 2, 3]
+    first.grid.journal.write(outcome)
+    again = Federation(tmp_path, nothing, together=6)
+    again.shapes = first.shapes
+    outcome = again.grid.exchange(messages_of(again), wanted=4, journalled=True)
+    assert [answer.client_id for answer in outcome.accepted] == [0, 1, 2, 3]
+    assert sorted(again.transport.sent) == [0, 1, 2, 3]
+
+
+def test_evaluation_that_is_done_again_accepts_the_same_clients_too(tmp_path: Path) -> None:
+    first = Federation(tmp_path, nothing)
+    first.transport.silent = {0}
+    first.run(timeout=0.2, evaluate=1.0)
+    names = sorted(path.name for path in first.paths.accepted.iterdir())
+    assert ["evaluate" in name for name in names] == [True, False]
+    again = Federation(tmp_path, nothing)
+    again.run(evaluate=1.0)
+    assert 0 not in again.transport.sent
+    seen = [line["evaluate_clients"]["seen"] for line in again.lines]
+    assert seen == [1.0, 1.0]  # before and after: who trained has evaluated
 
 
 def test_nothing_is_journalled_where_the_whole_cohort_succeeds(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from fedhpc import config, oversight, requeue
 from fedhpc.cluster import scripts, submission
 from fedhpc.environment import Environment
-from fedhpc.oversight import ServerGone, ServerJob, ServerQueued
+from fedhpc.errors import PlatformError
+from fedhpc.oversight import ClientArray, ServerGone, ServerJob, ServerQueued
 from fedhpc.paths import RunPaths
 
 SAYS = "JobId=8 ArrayJobId=7 ArrayTaskId=3 JobName=a Requeue=1 "
@@ -138,3 +139,29 @@ def test_what_others_learned_of_the_server_before_it_came_back_does_not_count(
     second.expect_soon()
     second.check()
     assert not second.queued
+
+
+def test_a_client_array_that_slurm_does_not_speak_of_is_not_taken_for_one_that_is_over(
+    commands: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(oversight, "_ARRAY_GONE_S", 0.0)
+    monkeypatch.setattr(oversight, "_FIRST_ASK_S", 0.0)
+    paths = RunPaths(tmp_path / "run")
+    paths.jobs.mkdir(parents=True)
+    submission.write(paths, submission.Submission("slurm", "7", ["8_0", "8_1"]))
+    array = ClientArray(paths, config.Cluster(executor="slurm"))
+    nothing_known = "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1"
+    write(commands, "sacct", "exit 1")
+    write(commands, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
+    assert array.exists()
+    write(commands, "squeue", nothing_known)
+    assert not array.exists()  # every job is over, for long
+    write(commands, "squeue", "echo '8_0|PENDING|Priority||'; echo '8_1|COMPLETED|None||n1'")
+    assert array.exists()
+    write(commands, "squeue", nothing_known)
+    for _ in range(2):
+        array.check(100.0, 0)
+    assert array.exists()
+    monkeypatch.setattr(oversight, "_ARRAY_UNKNOWN_S", 0.0)
+    with pytest.raises(PlatformError, match="every array task has ended"):
+        array.check(100.0, 0)
