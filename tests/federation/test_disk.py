@@ -174,6 +174,7 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing(
     end_all.append(disk.process)
     paths = disk.paths
     assert wait_until(lambda: paths.fits.exists(), 120)
+    disk.process.send_signal(signal.SIGSTOP)  # with its end the disk would go
     disk.fill()
     server = disk.server()
     assert wait_until(lambda: "; waiting 60 s" in logs_of(paths), 30), logs_of(paths)
@@ -183,6 +184,7 @@ def test_a_disk_that_is_full_for_a_while_changes_nothing(
     assert wait_until(lambda: not alive(server), 30)
     status = read_json(paths.status) or {}
     lines = list(read_lines(paths.metrics))
+    disk.process.send_signal(signal.SIGCONT)
     output, _ = disk.process.communicate(timeout=30)
     assert disk.process.returncode == 0, output
     assert status["state"] == "finished"
