@@ -316,3 +316,12 @@ def latest_attempt(paths: RunPaths) -> int:
         return 0
     found = (re.fullmatch(r"attempt-(\d+)", name) for name in names)
     return max((int(match[1]) for match in found if match), default=0)
+
+
+def checkpointed_rounds(paths: RunPaths) -> list[int]:
+    """Return the rounds that there are checkpoints of, whole or not, in order."""
+    try:
+        names = [entry.name for entry in paths.checkpoints.iterdir()]
+    except FileNotFoundError:
+        return []
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"round-(\d+)", name)))

@@ -80,12 +80,6 @@ def prepare(
     run_state.write(paths, "pending", "resumed")
 
 
-def last_round(paths: RunPaths) -> int:
-    """Return the round of the newest checkpoint; 0 if there is none."""
-    names = sorted(path.name for path in paths.checkpoints.glob("round-*"))
-    return int(names[-1].removeprefix("round-")) if names else 0
-
-
 def _may_change(key: str) -> bool:
     if key == _ROUNDS or (key.startswith(_OWN_ROUNDS) and "rounds" in key):
         return True

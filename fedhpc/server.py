@@ -1,7 +1,6 @@
 """The server job: ``python -m fedhpc.server RUN_DIR``."""
 
 import contextlib
-import hashlib
 import logging
 import os
 import signal
@@ -298,8 +297,7 @@ class Server:
         patience_s = None if code == 0 else _LAST_WRITE_S
         try:
             if self._paths.model.exists():
-                with self._paths.model.open("rb") as file:
-                    status["model_sha256"] = hashlib.file_digest(file, "sha256").hexdigest()
+                status["model_sha256"] = files.sha256(self._paths.model)
             run_state.write(self._paths, state, reason, patience_s=patience_s, **status)
         except Superseded:
             return PlatformError.exit_code

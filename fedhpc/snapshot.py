@@ -303,8 +303,7 @@ class _Copy:
                 self._links[listed] = str(place)
                 return
         shutil.copy2(here, there)
-        with there.open("rb") as file:
-            self._digests[listed] = hashlib.file_digest(file, "sha256").hexdigest()
+        self._digests[listed] = files.sha256(there)
 
 
 def _size(path: Path) -> int | None:

@@ -22,7 +22,7 @@ import typer
 from fedhpc import __version__, config, files, plan, snapshot
 from fedhpc.config import Config
 from fedhpc.errors import ConfigError, FedHPCError, PlatformError
-from fedhpc.paths import RunPaths, create_run_folder, open_run_folder
+from fedhpc.paths import RunPaths, checkpointed_rounds, create_run_folder, open_run_folder
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -191,7 +191,7 @@ def _resume(resolved: Config, paths: RunPaths) -> RunPaths:
     if prepared is not None and not Path(prepared["packed"]).exists():
         _preflight(resolved, paths, str(paths.config))
     resume.prepare(paths, resolved, changes, sys.argv)
-    done = resume.last_round(paths)
+    done = max(checkpointed_rounds(paths), default=0)
     text = f"after round {done}" if done else "at round 1: there is no checkpoint"
     typer.echo(f"going on {text}", err=True)
     return paths

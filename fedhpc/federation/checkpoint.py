@@ -12,7 +12,6 @@ import logging
 import math
 import os
 import queue
-import re
 import shutil
 import threading
 import time
@@ -29,7 +28,7 @@ from fedhpc.errors import CheckpointError, PlatformError
 from fedhpc.federation import compat, plain
 from fedhpc.federation.payload import BytesLike, decode_arrays, encode_arrays
 from fedhpc.federation.plain import Encoded
-from fedhpc.paths import RunPaths, latest_attempt
+from fedhpc.paths import RunPaths, checkpointed_rounds, latest_attempt
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +110,7 @@ class CheckpointStore:
             shutil.rmtree(left, ignore_errors=True)
         problems = []
         newest: Checkpoint | None = None
-        for server_round in reversed(rounds_of(self._paths)):
+        for server_round in reversed(checkpointed_rounds(self._paths)):
             if newest is not None:
                 self._note(server_round, *_glance(self._paths.checkpoint(server_round)))
                 continue
@@ -246,13 +245,13 @@ class CheckpointStore:
 
     def _prune(self, newest: int) -> None:
         """Remove what is neither among the last nor the best; those after ``newest`` are void."""
-        whole = self._rounds() - self._damaged
-        rounds = sorted(server_round for server_round in whole if server_round <= newest)
+        there = checkpointed_rounds(self._paths)
+        rounds = [n for n in there if n <= newest and n not in self._damaged]
         kept = set(rounds[-self._settings.keep :])
         if self._best is not None and self._best[1] in rounds:
             kept.add(self._best[1])
             self._link_best(self._best[1])
-        for server_round in self._rounds() - kept:
+        for server_round in set(there) - kept:
             shutil.rmtree(self._paths.checkpoint(server_round), ignore_errors=True)
             with self._lock:
                 self._state_files.pop(server_round, None)
@@ -265,18 +264,6 @@ class CheckpointStore:
             beside.unlink(missing_ok=True)
             beside.symlink_to(name)
             beside.replace(link)
-
-    def _rounds(self) -> set[int]:
-        return set(rounds_of(self._paths))
-
-
-def rounds_of(paths: RunPaths) -> list[int]:
-    """Return the rounds that there are checkpoints of, whole or not, in order."""
-    try:
-        names = [entry.name for entry in paths.checkpoints.iterdir()]
-    except FileNotFoundError:
-        return []
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"round-(\d+)", name)))
 
 
 def read(paths: RunPaths, server_round: int) -> Checkpoint:
@@ -303,7 +290,7 @@ def read(paths: RunPaths, server_round: int) -> Checkpoint:
         arrays = decode_arrays(skeleton.array_records["arrays"], model)
         state_files = frozenset(value["state_files"])
         for name in state_files:
-            if _sha256_of(paths.states / name) != RunPaths.digest_of_state(name):
+            if files.sha256(paths.states / name) != RunPaths.digest_of_state(name):
                 raise CheckpointError(
                     f"{folder} is damaged: {paths.states / name} does not have its checksum"
                 )
@@ -380,11 +367,6 @@ def _sha256(parts: Sequence[BytesLike]) -> str:
     for part in parts:
         digest.update(part)
     return digest.hexdigest()
-
-
-def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(folder: Path) -> None:

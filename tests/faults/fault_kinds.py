@@ -13,8 +13,8 @@ from typing import Literal
 from disturbed_run import LIVENESS_S, DisturbedRun, alive
 
 from fedhpc import run_state
-from fedhpc.federation import checkpoint
 from fedhpc.files import read_json, write_json
+from fedhpc.paths import checkpointed_rounds
 
 # Does it, and returns the pattern of the log line that shows it ("" if none does); None if there is
 # nothing to do it to at the moment, e.g. no child to kill.
@@ -168,7 +168,7 @@ def _stop_server(seconds: float) -> Inject:
 
 def _newest_file(run: DisturbedRun, draws: random.Random) -> Path | None:
     """Return a file of the newest checkpoint; None if there is no other one to go on from."""
-    rounds = checkpoint.rounds_of(run.paths)
+    rounds = checkpointed_rounds(run.paths)
     if len(rounds) < 2:
         return None
     files = [path for path in run.paths.checkpoint(rounds[-1]).iterdir() if path.stat().st_size]

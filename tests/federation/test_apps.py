@@ -1,6 +1,5 @@
 """Flower apps that know nothing of fedhpc."""
 
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -97,24 +96,23 @@ def evaluate(message: Message, context: Context) -> Message:
 """
 
 
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    """A config that names a Flower app in a folder."""
-    package = tmp_path / "app" / "counting"
+def write_app(folder: Path, server: str = SERVER, more: str = "") -> Path:
+    """Write a Flower app; return a config that names it, with more sections if there are some."""
+    package = folder / "app" / "counting"
     package.mkdir(parents=True)
     (package.parent / "pyproject.toml").write_text(PYPROJECT)
     (package / "__init__.py").write_text("")
-    (package / "server_app.py").write_text(SERVER)
+    (package / "server_app.py").write_text(server)
     (package / "client_app.py").write_text(CLIENT)
-    file = tmp_path / "app.yaml"
-    file.write_text(
-        textwrap.dedent(f"""\
-        name: counting
-        app:
-          dir: {package.parent}
-    """)
-    )
+    file = folder / "app.yaml"
+    file.write_text(f"name: counting\napp:\n  dir: {package.parent}\n{more}")
     return file
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A config that names a Flower app in a folder."""
+    return write_app(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 import subprocess
 import sys
-import textwrap
 from collections import Counter
 from pathlib import Path
 
 import pytest
 from support import REPOSITORY, Run, Submitter
-from test_apps import CLIENT, PYPROJECT
+from test_apps import write_app
 
 # A strategy with a state, a learning rate that it changes itself, clients with states, and two
 # calls of start() in one app. It fails once, at the round of the call that the file "fail" names.
@@ -55,6 +54,7 @@ def main(grid: Grid, context: Context) -> None:
     again = ConfigRecord({"step": 1.0})
     Second(server_momentum=0.9).start(grid, first.arrays, num_rounds=3, train_config=again)
 """
+ON_DISK = "cluster:\n  state_mb: 0.0001\n"  # the states of clients
 OWN_LOOP = """
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, MessageType, RecordDict
@@ -73,27 +73,6 @@ def main(grid: Grid, context: Context) -> None:
 """
 
 
-def write_app(folder: Path, server: str) -> Path:
-    """Write a Flower app and return a config that names it."""
-    package = folder / "app" / "counting"
-    package.mkdir(parents=True, exist_ok=True)
-    (package.parent / "pyproject.toml").write_text(PYPROJECT)
-    (package / "__init__.py").write_text("")
-    (package / "server_app.py").write_text(server)
-    (package / "client_app.py").write_text(CLIENT)
-    file = folder / "app.yaml"
-    file.write_text(
-        textwrap.dedent(f"""\
-        name: counting
-        app:
-          dir: {package.parent}
-        cluster:
-          state_mb: 0.0001
-    """)
-    )
-    return file
-
-
 def resume(run: Run, *options: str) -> Run:
     """Go on with a run, as a user would."""
     command = [sys.executable, "-m", "fedhpc.submit", "--resume", str(run.paths.root), *options]
@@ -106,7 +85,7 @@ def resume(run: Run, *options: str) -> Run:
 def test_a_run_that_failed_goes_on_with_all_that_app_strategy_and_clients_had_gathered(
     tmp_path: Path, submitter: Submitter
 ) -> None:
-    config = write_app(tmp_path, SERVER)
+    config = write_app(tmp_path, SERVER, ON_DISK)
     undisturbed = submitter.run(config=config, executor="debug")
     for fail, first in (("1:3", 3), ("2:2", 5)):
         (tmp_path / "app" / "counting" / "fail").write_text(fail)
@@ -159,7 +138,7 @@ def test_a_finished_run_has_more_rounds_and_ends_as_one_that_had_them_from_the_s
 def test_a_run_whose_app_has_its_own_loop_says_that_it_would_begin_anew(
     tmp_path: Path, submitter: Submitter
 ) -> None:
-    run = submitter.run(config=write_app(tmp_path, OWN_LOOP), executor="debug")
+    run = submitter.run(config=write_app(tmp_path, OWN_LOOP, ON_DISK), executor="debug")
     assert run.returncode == 0
     assert run.status["begins_anew"] == "the app has its own loop of rounds"
 

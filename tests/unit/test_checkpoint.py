@@ -12,9 +12,9 @@ from flwr.app import Array, ArrayRecord, RecordDict
 from fedhpc.config import Checkpoints
 from fedhpc.errors import CheckpointError, PlatformError
 from fedhpc.federation import plain
-from fedhpc.federation.checkpoint import Checkpoint, CheckpointStore, read, rounds_of
+from fedhpc.federation.checkpoint import Checkpoint, CheckpointStore, read
 from fedhpc.federation.states import ClientStates
-from fedhpc.paths import RunPaths
+from fedhpc.paths import RunPaths, checkpointed_rounds
 
 FILES = ("model.safetensors", "state.json", "state.bin", "SHA256SUMS")
 
@@ -101,7 +101,7 @@ def test_the_last_ones_and_the_best_are_kept(paths: RunPaths) -> None:
     for server_round, accuracy in enumerate([0.1, 0.9, 0.5, float("nan"), 0.7, 0.6], start=1):
         writer.save(checkpoint(server_round, metrics={"accuracy": accuracy}), due=True)
     writer.close()
-    assert rounds_of(paths) == [2, 5, 6]
+    assert checkpointed_rounds(paths) == [2, 5, 6]
     assert paths.best_checkpoint.resolve() == paths.checkpoint(2)
     # The next server knows which is the best.
     later = store(paths, keep=2, best_metric="accuracy")
@@ -109,7 +109,7 @@ def test_the_last_ones_and_the_best_are_kept(paths: RunPaths) -> None:
     for server_round in (7, 8):
         later.save(checkpoint(server_round, metrics={"accuracy": 0.8}), due=True)
     later.close()
-    assert rounds_of(paths) == [2, 7, 8]
+    assert checkpointed_rounds(paths) == [2, 7, 8]
 
 
 def test_the_best_may_be_the_lowest(paths: RunPaths) -> None:
@@ -117,16 +117,16 @@ def test_the_best_may_be_the_lowest(paths: RunPaths) -> None:
     for server_round, loss in enumerate([0.5, 0.2, 0.3], start=1):
         writer.save(checkpoint(server_round, metrics={"loss": loss}), due=True)
     writer.close()
-    assert rounds_of(paths) == [2, 3]
+    assert checkpointed_rounds(paths) == [2, 3]
 
 
 def test_one_that_was_not_due_is_written_at_the_end(paths: RunPaths) -> None:
     writer = store(paths)
     writer.save(checkpoint(2), due=True)
     writer.save(checkpoint(3), due=False)
-    assert rounds_of(paths) in ([], [2])
+    assert checkpointed_rounds(paths) in ([], [2])
     writer.close()
-    assert rounds_of(paths) == [2, 3]
+    assert checkpointed_rounds(paths) == [2, 3]
     assert writer.last_round == 3
 
 
@@ -134,7 +134,7 @@ def test_a_server_that_another_one_has_followed_writes_none(paths: RunPaths) -> 
     paths.attempt(1).touch()
     paths.attempt(2).touch()
     write(paths, 5)
-    assert rounds_of(paths) == []
+    assert checkpointed_rounds(paths) == []
 
 
 def test_a_disk_that_takes_none_is_an_error_at_the_next_one(paths: RunPaths) -> None:
@@ -157,7 +157,7 @@ def test_writing_does_not_hold_up_the_round(
     start_s = time.monotonic()
     writer.save(checkpoint(1), due=True)
     assert time.monotonic() - start_s < 5
-    assert rounds_of(paths) == []
+    assert checkpointed_rounds(paths) == []
     with pytest.raises(PlatformError, match="not written within"):
         writer.close(0.1)
     may_sync.set()
@@ -211,7 +211,7 @@ def test_a_damaged_checkpoint_does_not_count_among_those_that_are_kept(paths: Ru
     assert found.server_round == 4
     writer.save(checkpoint(8), due=True)
     writer.close()
-    assert rounds_of(paths) == [4, 8]
+    assert checkpointed_rounds(paths) == [4, 8]
 
 
 @pytest.mark.parametrize("how", ["missing", "changed"])
