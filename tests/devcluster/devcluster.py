@@ -218,6 +218,9 @@ class Cluster:
         if not (self.root / "run" / f"{name}.pid").exists():
             return "not started"
         if not self.pid(name):
+            # As one program takes another's place, its environment is empty for a moment.
+            if Path("/proc", (self.root / "run" / f"{name}.pid").read_text().strip()).exists():
+                return "not started"
             raise Trouble(f"wanted: {name} at work\nfound:  it has ended")
         if name in SOCKETS:
             return "" if (self.root / SOCKETS[name]).exists() else f"no {SOCKETS[name]}"
