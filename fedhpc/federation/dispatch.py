@@ -137,6 +137,18 @@ class Dispatch:
         """How many messages are with an array task."""
         return sum(1 for message in self._messages.values() if message.links)
 
+    @property
+    def messages(self) -> int:
+        """How many messages wait for an answer."""
+        return len(self._messages)
+
+    def occupancy(self) -> tuple[int, int]:
+        """Return how many slots are connected, and how many of them have a message."""
+        links = self._links.values()
+        return sum(link.slots for link in links), sum(
+            min(link.slots, len(link.assigned)) for link in links
+        )
+
     def running_on(self, link: int) -> int:
         """How many messages a link's array task has, offers included."""
         found = self._links.get(link)  # at once: other threads ask too

@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from fedhpc import files
 from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import compat, grid_pb2, message_ids, seeds, updates
+from fedhpc.federation.breakdown import SlotSeconds
 from fedhpc.federation.cohort import Answer, Cohort, Outcome, nothing
 from fedhpc.federation.journal import AcceptedJournal, Entry
 from fedhpc.federation.payload import ArrayCache, pack, unpack
@@ -84,6 +85,10 @@ class HpcGrid(Grid):
         self._open: dict[str, _Open] = {}
         self._sequences: Counter[tuple[int, int, str]] = Counter()
         self._first_sequence = 0
+
+    def slot_seconds(self) -> SlotSeconds:
+        """Return what the slots of all array tasks have done so far."""
+        return self._transport.slot_seconds()
 
     def capture(self) -> tuple[dict[str, Any], frozenset[str]]:
         """Return what a checkpoint must hold, and the names of the files that it refers to."""
@@ -188,11 +193,13 @@ class HpcGrid(Grid):
         journalled : bool
             Whether the journal says who is waited for, if the same was sent before a restart.
         """
-        requests = self._requests(messages)
-        asked = [request.message_id for request in requests]
-        before = self.journal.read(asked) if journalled else None
-        if before is not None:
-            requests = [r for r in requests if r.message_id in before.accepted]
+        watch = self.recorder.watch
+        with watch.phase("send"):
+            requests = self._requests(messages)
+            asked = [request.message_id for request in requests]
+            before = self.journal.read(asked) if journalled else None
+            if before is not None:
+                requests = [r for r in requests if r.message_id in before.accepted]
         cohort = Cohort(
             [request.message_id for request in requests],
             retry=self._retry,
@@ -202,12 +209,14 @@ class HpcGrid(Grid):
             if before is None
             else lambda _: [],
         )
-        self._send(requests)
-        late = self._wait(cohort, math.inf if timeout is None else timeout)
-        outcome = cohort.outcome(late)
-        if before is not None:
-            outcome = before.complete(outcome, asked, wanted, self._failed_before(before))
-        self._end(outcome)
+        with watch.phase("send"):
+            self._send(requests)
+        with watch.phase("receive"):
+            late = self._wait(cohort, math.inf if timeout is None else timeout)
+            outcome = cohort.outcome(late)
+            if before is not None:
+                outcome = before.complete(outcome, asked, wanted, self._failed_before(before))
+            self._end(outcome)
         return outcome
 
     # --- inside ---
@@ -219,7 +228,9 @@ class HpcGrid(Grid):
         deadline_s = self._transport.clock_s() + timeout_s
         while not cohort.closed and (left_s := deadline_s - self._transport.clock_s()) > 0:
             batch = {}
-            for response in self._transport.receive(cohort.waiting, min(left_s, _STEP_S)):
+            with self.recorder.watch.phase("clients"):
+                responses = self._transport.receive(cohort.waiting, min(left_s, _STEP_S))
+            for response in responses:
                 told, answer = self._answer(response, cohort.tries(response.message_id))
                 batch[answer.message_id] = answer
                 came[answer.message_id] = told

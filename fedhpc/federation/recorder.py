@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from fedhpc import files
 from fedhpc.errors import PlatformError, Superseded
+from fedhpc.federation.breakdown import OF_FIT, PHASES, USES, SlotAccount, SlotSeconds, Stopwatch
 from fedhpc.federation.cohort import Streaks
 from fedhpc.federation.transport import Response
 from fedhpc.paths import RunPaths
@@ -64,6 +66,11 @@ class Recorder:
     ----------
     paths : RunPaths
         Of the run.
+
+    Attributes
+    ----------
+    watch : Stopwatch
+        Of the thread that runs the rounds.
     """
 
     def __init__(self, paths: RunPaths) -> None:
@@ -71,7 +78,8 @@ class Recorder:
         self._lock = threading.Lock()
         self._progress = Progress()
         self._start_s = time.monotonic()
-        self._round_start_s = self._start_s
+        self.watch = Stopwatch()
+        self._slots = SlotAccount()
         self._rounds_done = 0
         self._has_sent = False
         self.last_failure = ""
@@ -105,14 +113,15 @@ class Recorder:
         with self._lock:
             self._progress = Progress(**mark["progress"])
 
-    def rounds_begin(self, num_rounds: int) -> None:
-        """Note how many rounds there will be."""
+    def rounds_begin(self, num_rounds: int, slots: SlotSeconds) -> None:
+        """Note how many rounds there will be, and what slots have done before the first of them."""
+        self.watch.lap()
+        self._slots.lap(slots)
         with self._lock:
             self._progress.num_rounds = num_rounds
 
     def round_begins(self, server_round: int) -> None:
         """Note the round that begins."""
-        self._round_start_s = time.monotonic()
         with self._lock:
             self._progress.round = server_round
 
@@ -171,6 +180,9 @@ class Recorder:
         if fit := response.fit:
             for name in ("slot", "wait_s", "start_s", "run_s", "return_s", "peak_rss_mb"):
                 line[name] = round(getattr(fit, name), 4)
+            if response.failure is None and not late:
+                told = {use: line[f"{use}_s"] for use in OF_FIT}
+                line["link_s"] = round(self._slots.add(response.held_s, told), 4)
             line["late_imports"] = list(fit.late_imports)
             if fit.gpu:
                 line["gpu"] = fit.gpu
@@ -200,15 +212,28 @@ class Recorder:
             self._progress.fits_cancelled += cancelled
             self._progress.failing = self.streaks.said()[:_SAID]
 
-    def round_ended(self, server_round: int, line: dict[str, Any]) -> None:
-        """Write the line of a round."""
-        now_s = time.monotonic()
-        wall_s = now_s - self._round_start_s
+    def round_ended(self, server_round: int, line: dict[str, Any], slots: SlotSeconds) -> None:
+        """Write the line of a round: it has lasted since the line before it.
+
+        Parameters
+        ----------
+        server_round : int
+            Which.
+        line : dict
+            What the line is to say.
+        slots : SlotSeconds
+            What slots have done so far.
+        """
+        seconds = self.watch.lap()
+        uses = self._slots.lap(slots)
+        wall_s = sum(seconds.values())
         record = {
             "round": server_round,
-            "time_s": round(now_s - self._start_s, 3),
+            "time_s": round(time.monotonic() - self._start_s, 3),
             "round_s": round(wall_s, 4),
             **line,
+            "seconds": _rounded(seconds, PHASES),
+            **({"slot_seconds": _rounded(uses, USES)} if uses else {}),
         }
         files.append_line(self._paths.metrics, record)
         with self._lock:
@@ -238,6 +263,10 @@ class Recorder:
             raise
         except PlatformError as error:  # the run does not depend on it; a person may
             logger.warning("%s; it was to say:\n%s", error.message, text)
+
+
+def _rounded(seconds: dict[str, float], names: Iterable[str]) -> dict[str, float]:
+    return {name: round(seconds.get(name, 0.0), 4) for name in names}
 
 
 def _size(path: Path) -> int:

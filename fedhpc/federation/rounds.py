@@ -6,9 +6,7 @@ checkpoint, if there is one.
 """
 
 import logging
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
@@ -102,7 +100,7 @@ class Rounds:
             strategy, grid, self._config, initial_arrays, num_rounds, timeout, configs, evaluate_fn
         )
         strategy.summary()
-        grid.recorder.rounds_begin(num_rounds)
+        grid.recorder.rounds_begin(num_rounds, grid.slot_seconds())
         if self.starts > 1:
             grid.begin_anew()
             rounds.run_all(lambda *_: None)
@@ -142,6 +140,7 @@ class _Rounds:
         self.strategy = strategy
         self.grid = grid
         self.recorder = grid.recorder
+        self._watch = grid.recorder.watch
         self.arrays = arrays
         self.num_rounds = num_rounds
         self.timeout_s = timeout_s
@@ -162,13 +161,17 @@ class _Rounds:
         if self.done < 0:
             self.recorder.round_begins(0)
             if (metrics := self._evaluate_on_server(0)) is not None:
-                self.recorder.round_ended(0, {"evaluate": dict(metrics)})
+                self._write(0, {"evaluate": dict(metrics)})
             self.done = 0
         for server_round in range(self.done + 1, self.num_rounds + 1):
             line = self._run(server_round)
-            self.recorder.round_ended(server_round, line)
+            self._write(server_round, line)
             self.done = server_round
-            save(self, line.get("evaluate") or line.get("evaluate_clients") or {})
+            with self._watch.phase("checkpoint"):
+                save(self, line.get("evaluate") or line.get("evaluate_clients") or {})
+
+    def _write(self, server_round: int, line: dict[str, Any]) -> None:
+        self.recorder.round_ended(server_round, line, self.grid.slot_seconds())
 
     # --- checkpoints ---
 
@@ -249,32 +252,33 @@ class _Rounds:
         """Run a round; return what its line of metrics says."""
         strategy, grid = self.strategy, self.grid
         self.recorder.round_begins(server_round)
-        seconds = _Seconds()
         line: dict[str, Any] = {}
 
-        self._seed(server_round, "configure_train")
-        messages = list(
-            strategy.configure_train(server_round, self.arrays, self.train_config, grid)
-        )
-        with seconds.measure("train"):
-            outcome = grid.exchange(
-                messages,
-                timeout=self.timeout_s,
-                wanted=self._wanted,
-                compare_metrics=self._averages,
-                journalled=True,
+        with self._watch.phase("configure"):
+            self._seed(server_round, "configure_train")
+            messages = list(
+                strategy.configure_train(server_round, self.arrays, self.train_config, grid)
             )
+        outcome = grid.exchange(
+            messages,
+            timeout=self.timeout_s,
+            wanted=self._wanted,
+            compare_metrics=self._averages,
+            journalled=True,
+        )
         line |= outcome.figures()
         problem = too_few(outcome, self._failures, server_round, self.recorder.last_failure)
-        grid.journal.write(outcome)
+        with self._watch.phase("receive"):
+            grid.journal.write(outcome)
         if problem:
             line["too_few"] = problem
             if self._failures.on_too_few == "skip_round":
-                return {**line, "seconds": seconds.values}
+                return line
         else:
-            outcome.commit()
-            self._seed(server_round, "aggregate_train")
-            with seconds.measure("aggregate"):
+            with self._watch.phase("receive"):
+                outcome.commit()
+            with self._watch.phase("aggregate"):
+                self._seed(server_round, "aggregate_train")
                 new_arrays, train_metrics = strategy.aggregate_train(server_round, outcome.replies)
             if new_arrays is not None:
                 self.arrays = self.result.arrays = new_arrays
@@ -282,53 +286,41 @@ class _Rounds:
                 self.result.train_metrics_clientapp[server_round] = train_metrics
                 line["train"] = dict(train_metrics)
 
-        self._seed(server_round, "configure_evaluate")
-        messages = list(
-            strategy.configure_evaluate(server_round, self.arrays, self.evaluate_config, grid)
-        )
-        with seconds.measure("evaluate_clients"):
-            outcome = grid.exchange(
-                messages, timeout=self.timeout_s, compare_metrics=self._averages, journalled=True
+        with self._watch.phase("configure"):
+            self._seed(server_round, "configure_evaluate")
+            messages = list(
+                strategy.configure_evaluate(server_round, self.arrays, self.evaluate_config, grid)
             )
-        if outcome.accepted:  # else no state changes, and who mends the cause is not bound by it
-            grid.journal.write(outcome)
-        outcome.commit()
-        self._seed(server_round, "aggregate_evaluate")
-        client_metrics = strategy.aggregate_evaluate(server_round, outcome.replies)
+        outcome = grid.exchange(
+            messages, timeout=self.timeout_s, compare_metrics=self._averages, journalled=True
+        )
+        with self._watch.phase("receive"):
+            if outcome.accepted:  # else no state changes, and who mends the cause is not bound
+                grid.journal.write(outcome)
+            outcome.commit()
+        with self._watch.phase("aggregate"):
+            self._seed(server_round, "aggregate_evaluate")
+            client_metrics = strategy.aggregate_evaluate(server_round, outcome.replies)
         if client_metrics is not None:
             self.result.evaluate_metrics_clientapp[server_round] = client_metrics
             line["evaluate_clients"] = dict(client_metrics)
 
-        with seconds.measure("evaluate"):
-            metrics = self._evaluate_on_server(server_round)
-        if metrics is not None:
+        if (metrics := self._evaluate_on_server(server_round)) is not None:
             line["evaluate"] = dict(metrics)
-        return {**line, "seconds": seconds.values}
+        return line
 
     def _evaluate_on_server(self, server_round: int) -> MetricRecord | None:
         if self.evaluate_fn is None:
             return None
-        self._seed(server_round, "evaluate_fn")
-        metrics = self.evaluate_fn(server_round, self.arrays)
+        with self._watch.phase("evaluate"):
+            self._seed(server_round, "evaluate_fn")
+            metrics = self.evaluate_fn(server_round, self.arrays)
         if metrics is not None:
             self.result.evaluate_metrics_serverapp[server_round] = metrics
         return metrics
 
     def _seed(self, server_round: int, what: str) -> None:
         seeds.seed_all(seeds.derive(self.grid.seed, server_round, what))
-
-
-class _Seconds:
-    """Where a round's time went."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, float] = {}
-
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        start_s = time.monotonic()
-        yield
-        self.values[name] = round(time.monotonic() - start_s, 4)
 
 
 def _averages(strategy: Strategy) -> bool:

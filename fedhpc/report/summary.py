@@ -14,7 +14,7 @@ from fedhpc.paths import RunPaths
 from fedhpc.report import evidence, tracks
 from fedhpc.report.tracks import Track
 
-SECONDS = ("wait_s", "start_s", "run_s", "return_s")
+SECONDS = ("wait_s", "start_s", "run_s", "return_s", "link_s")
 _SOURCES = {"train": "clients, training", "evaluate_clients": "clients, evaluation",
             "evaluate": "server, evaluation"}  # fmt: skip
 
@@ -61,7 +61,7 @@ class Summary:
         Memory over time.
     rows : list of dict
         A row for each track, and for each array task without one: see `tracks.figures_of`, with
-        ``name``, ``card`` and the medians ``wait_s``, ``start_s``, ``run_s`` and ``return_s``.
+        ``name``, ``card`` and the medians of `SECONDS`.
     notes : list of str
         What is missing, or strange.
     start_s : float

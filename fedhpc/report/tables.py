@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedhpc import words
+from fedhpc.report import breakdown
 from fedhpc.report.summary import SECONDS, Group, Summary
 
 NOT_ENOUGH = "not enough idle moments"
@@ -37,7 +38,8 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> Table:
 def seconds_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return heads and rows of the table of seconds, as text."""
     heads = ["GPU or array task", "fits", "failed",
-             "fit, s", "wait, s", "start, s", "run, s", "return, s"]  # fmt: skip
+             "fit, s", "wait, s", "start, s", "run, s", "return, s",
+             "link, s"]  # fmt: skip
     return heads, [
         [
             row["name"],
@@ -79,6 +81,8 @@ def as_dict(summary: Summary) -> dict[str, Any]:
         },
         "fits": len(summary.fits),
         "fits_failed": sum(group.count for group in summary.failures),
+        "seconds": breakdown.means(breakdown.of_server(summary.rounds)),
+        "slot_seconds": breakdown.means(breakdown.of_slots(summary.rounds)),
         "memory": summary.rows,
         "failures": [
             {
