@@ -16,6 +16,7 @@ from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import compat, grid_pb2, message_ids, seeds, updates
 from fedhpc.federation.breakdown import SlotSeconds
 from fedhpc.federation.cohort import Answer, Cohort, Outcome, nothing
+from fedhpc.federation.estimates import Estimates, examples_of
 from fedhpc.federation.journal import AcceptedJournal, Entry
 from fedhpc.federation.payload import ArrayCache, pack, unpack
 from fedhpc.federation.recorder import Recorder
@@ -85,6 +86,7 @@ class HpcGrid(Grid):
         self._open: dict[str, _Open] = {}
         self._sequences: Counter[tuple[int, int, str]] = Counter()
         self._first_sequence = 0
+        self._estimates = Estimates()
 
     def slot_seconds(self) -> SlotSeconds:
         """Return what the slots of all array tasks have done so far."""
@@ -313,7 +315,8 @@ class HpcGrid(Grid):
         packed = pack(message, self._states.get(client_id), cache)
         packed.payload.client_id = client_id
         packed.payload.seed = seeds.derive(self.seed, *key, sequence)
-        request = Request(message_id, client_id, packed)
+        expected = self._estimates.expected(metadata.message_type, client_id)
+        request = Request(message_id, client_id, packed, expected)
         self._open[message_id] = _Open(message, server_round, client_id, request)
         return request
 
@@ -337,6 +340,14 @@ class HpcGrid(Grid):
             else:
                 if reply.has_error():  # the app itself says so
                     failure = grid_pb2.Failure(reason=reply.error.reason, raised=True)
+                elif response.fit is not None:
+                    self._estimates.note(
+                        opened.message.metadata.message_type,
+                        opened.client_id,
+                        response.fit.run_s,
+                        response.array_task or 0,
+                        examples_of(reply),
+                    )
                 has_state = response.payload.HasField("state")
                 commit = partial(self._commit, opened.client_id, state if has_state else None)
         if reply is None:

@@ -15,7 +15,7 @@ import grpc
 
 from fedhpc import files
 from fedhpc.errors import PlatformError, Superseded
-from fedhpc.federation import dispatch, grid_pb2, link
+from fedhpc.federation import actions, dispatch, grid_pb2, link
 from fedhpc.federation.blobs import BlobStore
 from fedhpc.federation.breakdown import SlotLedger, SlotSeconds
 from fedhpc.federation.peer import Peer, clash
@@ -162,7 +162,9 @@ class LinkServer:
             for request in requests:
                 self._requests[request.message_id] = request
                 fingerprint = request.packed.fingerprint()
-                self._machine.submit(request.message_id, request.client_id, fingerprint)
+                self._machine.submit(
+                    request.message_id, request.client_id, fingerprint, request.expected
+                )
             self._act()
 
         self._loop.call_soon_threadsafe(submit)
@@ -400,28 +402,28 @@ class LinkServer:
     def _act(self) -> None:
         """Do what the state machine wants done."""
         for action in self._machine.actions():
-            if isinstance(action, dispatch.Fail):
+            if isinstance(action, actions.Fail):
                 failure = grid_pb2.Failure(reason=action.reason, final=True)
                 self._respond(Response(action.message_id, failure=failure))
                 continue
             peer = self._peers.get(action.link)
             if peer is None:
                 continue
-            if isinstance(action, dispatch.Assign | dispatch.Keep):
+            if isinstance(action, actions.Assign | actions.Keep):
                 peer.given_s[action.message_id] = time.monotonic()
-            if isinstance(action, dispatch.Assign):
+            if isinstance(action, actions.Assign):
                 peer.outgoing.put_nowait(ToArrayTask(work=self._work(action.message_id)))
-            elif isinstance(action, dispatch.Keep):
+            elif isinstance(action, actions.Keep):
                 keep = grid_pb2.Keep(message_id=action.message_id)
                 peer.outgoing.put_nowait(ToArrayTask(keep=keep))
-            elif isinstance(action, dispatch.Cancel):
+            elif isinstance(action, actions.Cancel):
                 cancel = grid_pb2.Cancel(message_id=action.message_id)
                 peer.outgoing.put_nowait(ToArrayTask(cancel=cancel))
                 peer.given_s.pop(action.message_id, None)
             elif not peer.dropped.done():
                 peer.dropped.set_result(action.reason)
         slots, busy = self._machine.occupancy()
-        asked = self._machine.messages > 0
+        asked = self._machine.has_messages
         self._ledger.note(time.monotonic(), slots=slots, busy=busy, asked=asked)
 
     def _work(self, message_id: str) -> grid_pb2.Work:

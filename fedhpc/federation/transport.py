@@ -13,11 +13,12 @@ _STALLED_S = 5.0
 
 @dataclass(frozen=True)
 class Request:
-    """A message for a client."""
+    """A message for a client; ``expected`` is its work compared with others', in any unit."""
 
     message_id: str
     client_id: int
     packed: Packed
+    expected: float = 0.0
 
 
 @dataclass(frozen=True)
