@@ -79,6 +79,7 @@ def federate(checkout: Path, folder: str, options: argparse.Namespace) -> Path:
         "federation.num_rounds": options.rounds,
         "federation.evaluate_every": 1_000_000,
         "training.epochs": 1,
+        "training.batch_size": 40,
         "isolation.slots": 2,
         "cluster.runs_dir": folder,
     }

@@ -94,6 +94,12 @@ class Federation(Section):
         1,
         description="evaluate the global model on the server every n-th round, and after the last",
     )
+    overlap_evaluation: Literal["auto"] | StrictBool = Field(
+        "auto",
+        description="evaluate the global model on the server while the next round trains; auto: of"
+        " the built-in app; true: of yours too, whose evaluate_fn must then not change what the"
+        " next round is made of",
+    )
     clients_per_evaluation: Count = Field(
         0, description="clients that evaluate the global model on their own data in each round"
     )

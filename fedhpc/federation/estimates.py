@@ -6,8 +6,6 @@ They change the order of work and nothing else, so they are not in checkpoints.
 from collections import defaultdict
 from dataclasses import dataclass
 
-from flwr.app import Message
-
 _NEWEST = 0.5  # weight of a client's newest fit among all of its own
 
 
@@ -68,12 +66,3 @@ class Estimates:
             return seconds * pace.work / pace.seconds if pace.seconds > 0 else 0.0
         known = self._all.get(verb)
         return known.work / known.fits if known else 0.0
-
-
-def examples_of(reply: Message) -> float | None:
-    """Return how many examples a reply is of, as Flower's clients say it; None if it does not."""
-    for record in reply.content.metric_records.values():
-        found = record.get("num-examples")
-        if isinstance(found, int | float):
-            return float(found)
-    return None

@@ -16,7 +16,8 @@ from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import compat, grid_pb2, message_ids, seeds, updates
 from fedhpc.federation.breakdown import SlotSeconds
 from fedhpc.federation.cohort import Answer, Cohort, Outcome, nothing
-from fedhpc.federation.estimates import Estimates, examples_of
+from fedhpc.federation.conventions import examples_of, round_of
+from fedhpc.federation.estimates import Estimates
 from fedhpc.federation.journal import AcceptedJournal, Entry
 from fedhpc.federation.payload import ArrayCache, pack, unpack
 from fedhpc.federation.recorder import Recorder
@@ -29,6 +30,17 @@ logger = logging.getLogger(__name__)
 _SEQUENCES = 1_000_000  # messages of the same verb to a client in a round
 _TOO_LATE = "no result before the round's deadline"
 _STEP_S = 1.0  # of waiting: the transport's clock wants to be read
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Messages that are under way: see `HpcGrid.ask`."""
+
+    message_ids: list[str]
+    cohort: Cohort
+    before: Entry | None
+    wanted: int | None
+    timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -167,11 +179,11 @@ class HpcGrid(Grid):
         Fits that fail are tried again. What is not answered within ``timeout`` seconds is cancelled
         and left out.
         """
-        outcome = self.exchange(messages, timeout=timeout)
+        outcome = self.collect(self.ask(messages, timeout=timeout))
         outcome.commit()
         return outcome.replies
 
-    def exchange(
+    def ask(
         self,
         messages: Iterable[Message],
         *,
@@ -179,15 +191,15 @@ class HpcGrid(Grid):
         wanted: int | None = None,
         compare_metrics: bool = False,
         journalled: bool = False,
-    ) -> Outcome:
-        """Send messages and return what became of them; no client's state is committed yet.
+    ) -> Asked:
+        """Send messages; `collect` waits for what becomes of them.
 
         Parameters
         ----------
         messages : iterable of Message
             See `send_and_receive`.
         timeout : float, optional
-            In seconds of the transport's clock: it stands while no work can go on.
+            In seconds of the transport's clock, from `collect` on: it stands while nobody works.
         wanted : int, optional
             How many successes are enough: the rest is cancelled then. All by default.
         compare_metrics : bool
@@ -195,29 +207,32 @@ class HpcGrid(Grid):
         journalled : bool
             Whether the journal says who is waited for, if the same was sent before a restart.
         """
-        watch = self.recorder.watch
-        with watch.phase("send"):
+        with self.recorder.watch.phase("send"):
             requests = self._requests(messages)
             asked = [request.message_id for request in requests]
             before = self.journal.read(asked) if journalled else None
             if before is not None:
                 requests = [r for r in requests if r.message_id in before.accepted]
-        cohort = Cohort(
-            [request.message_id for request in requests],
-            retry=self._retry,
-            wanted=None if before else wanted,
-            # Accepted ones alone would be another majority than the one that they were part of.
-            refuse=partial(updates.refused, compare_metrics=compare_metrics)
-            if before is None
-            else lambda _: [],
-        )
-        with watch.phase("send"):
+            cohort = Cohort(
+                [request.message_id for request in requests],
+                retry=self._retry,
+                wanted=None if before else wanted,
+                # Accepted ones alone would be another majority than the one they were part of.
+                refuse=partial(updates.refused, compare_metrics=compare_metrics)
+                if before is None
+                else lambda _: [],
+            )
             self._send(requests)
-        with watch.phase("receive"):
-            late = self._wait(cohort, math.inf if timeout is None else timeout)
-            outcome = cohort.outcome(late)
-            if before is not None:
-                outcome = before.complete(outcome, asked, wanted, self._failed_before(before))
+        return Asked(asked, cohort, before, wanted, math.inf if timeout is None else timeout)
+
+    def collect(self, asked: Asked) -> Outcome:
+        """Return what became of messages; no client's state is committed yet."""
+        with self.recorder.watch.phase("receive"):
+            late = self._wait(asked.cohort, asked.timeout_s)
+            outcome = asked.cohort.outcome(late)
+            if (before := asked.before) is not None:
+                failed = self._failed_before(before)
+                outcome = before.complete(outcome, asked.message_ids, asked.wanted, failed)
             self._end(outcome)
         return outcome
 
@@ -304,7 +319,7 @@ class HpcGrid(Grid):
             raise ValueError(
                 f"a message is for node {metadata.dst_node_id}, expected 1 to {self._num_clients}"
             )
-        server_round = _round_of(message)
+        server_round = round_of(message)
         key = (server_round, client_id, metadata.message_type)
         sequence = self._first_sequence + self._sequences[key]
         self._sequences[key] += 1
@@ -383,13 +398,3 @@ class HpcGrid(Grid):
         data = response.blobs[digest] = files.map_whole(path, response.files[digest])
         files.remove(path)  # the mapping keeps the bytes
         return data
-
-
-def _round_of(message: Message) -> int:
-    """Return the round a message belongs to, as Flower's strategies write it; 0 if it says none."""
-    for record in message.content.config_records.values():
-        found = record.get("server-round")
-        if isinstance(found, int):
-            return found
-    group = message.metadata.group_id
-    return int(group) if group.isdecimal() else 0

@@ -212,35 +212,42 @@ class Recorder:
             self._progress.fits_cancelled += cancelled
             self._progress.failing = self.streaks.said()[:_SAID]
 
-    def round_ended(self, server_round: int, line: dict[str, Any], slots: SlotSeconds) -> None:
-        """Write the line of a round: it has lasted since the line before it.
+    def lap(self, slots: SlotSeconds) -> dict[str, Any]:
+        """Return what the line of a round that ends now says of its time, since the one before.
+
+        Parameters
+        ----------
+        slots : SlotSeconds
+            What slots have done so far.
+        """
+        seconds = self.watch.lap()
+        uses = self._slots.lap(slots)
+        return {
+            "time_s": round(time.monotonic() - self._start_s, 3),
+            "round_s": round(sum(seconds.values()), 4),
+            "seconds": _rounded(seconds, PHASES),
+            **({"slot_seconds": _rounded(uses, USES)} if uses else {}),
+        }
+
+    def round_ended(self, server_round: int, line: dict[str, Any], lap: dict[str, Any]) -> None:
+        """Write the line of a round.
 
         Parameters
         ----------
         server_round : int
             Which.
         line : dict
-            What the line is to say.
-        slots : SlotSeconds
-            What slots have done so far.
+            What happened in it.
+        lap : dict
+            Where its time went: see `lap`.
         """
-        seconds = self.watch.lap()
-        uses = self._slots.lap(slots)
-        wall_s = sum(seconds.values())
-        record = {
-            "round": server_round,
-            "time_s": round(time.monotonic() - self._start_s, 3),
-            "round_s": round(wall_s, 4),
-            **line,
-            "seconds": _rounded(seconds, PHASES),
-            **({"slot_seconds": _rounded(uses, USES)} if uses else {}),
-        }
-        files.append_line(self._paths.metrics, record)
+        start = {name: lap[name] for name in ("time_s", "round_s")}
+        files.append_line(self._paths.metrics, {"round": server_round, **start, **line, **lap})
         with self._lock:
             progress = self._progress
             if server_round > 0:
                 self._rounds_done += 1
-                progress.round_s += (wall_s - progress.round_s) / self._rounds_done
+                progress.round_s += (lap["round_s"] - progress.round_s) / self._rounds_done
             metrics = line.get("evaluate") or line.get("evaluate_clients")
             if metrics:
                 progress.metrics = {

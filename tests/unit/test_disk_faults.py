@@ -49,8 +49,9 @@ def test_a_line_of_a_round_that_is_lost_ends_the_run(
     paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "append_line", refuse)
+    recorder = Recorder(paths)
     with pytest.raises(PlatformError, match="No space left"):
-        Recorder(paths).round_ended(1, {}, SlotSeconds())
+        recorder.round_ended(1, {}, recorder.lap(SlotSeconds()))
 
 
 def test_the_links_never_wait_for_a_blob_that_is_removed(

@@ -5,7 +5,8 @@ import pytest
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 
 from fedhpc.federation import compat
-from fedhpc.federation.estimates import Estimates, examples_of
+from fedhpc.federation.conventions import examples_of
+from fedhpc.federation.estimates import Estimates
 
 
 def test_nothing_is_expected_where_nothing_is_known() -> None:
