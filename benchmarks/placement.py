@@ -1,4 +1,4 @@
-"""What longest first saves: python benchmarks/placement.py --data MNIST_FOLDER [--beside CHECKOUT].
+"""What longest first saves: python benchmarks/placement.py [--data FOLDER] [--beside CHECKOUT].
 
 MNIST in 12 Dirichlet partitions (of very different sizes), all clients in each round, 2 slots.
 Prints the tail of a round: the share of the slots' time in which they have no work while other
@@ -31,12 +31,16 @@ VERB = "train"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, help="folder with torchvision's MNIST")
+    parser.add_argument("--data", help="folder with torchvision's MNIST; default: its download")
+    parser.add_argument("--replay", type=Path, help="only replay the fits of this run folder")
     parser.add_argument("--alpha", type=float, default=0.1, help="of the Dirichlet distribution")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--beside", type=Path, help="another checkout of fedhpc")
     options = parser.parse_args()
+    if options.replay:
+        replay_all(list(read_lines(options.replay / "fits.jsonl")))
+        return
     checkouts = [REPOSITORY, *([options.beside.resolve()] if options.beside else [])]
     runs: dict[Path, list[tuple[float, float]]] = {checkout: [] for checkout in checkouts}
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +62,11 @@ def main() -> None:
         ours, theirs = runs.values()
         ratios = [mine[1] / other[1] for mine, other in zip(ours, theirs, strict=True)]
         print(f"seconds of a round, this to the other: {statistics.median(ratios):.3f}")
-    print("\nreplayed: slots, tail and rounds' time, in the order asked and longest first")
+    replay_all(fits)
+
+
+def replay_all(fits: list[dict[str, Any]]) -> None:
+    print("\nreplayed: slots, tail in the order asked and longest first")
     rounds = [list(group) for _, group in groupby(fits, lambda fit: fit["round"])]
     for slots in (2, 4, 8, 16):
         asked, longest = (replay(rounds, slots, longest_first=value) for value in (False, True))
@@ -71,7 +79,6 @@ def main() -> None:
 def federate(checkout: Path, folder: str, options: argparse.Namespace) -> Path:
     """Run the federation with a checkout's fedhpc; return its folder."""
     sets = {
-        "data.source": Path(options.data).resolve(),
         "data.partitioner.name": "dirichlet",
         "data.partitioner.params.alpha": options.alpha,
         "federation.num_clients": CLIENTS,
@@ -83,6 +90,8 @@ def federate(checkout: Path, folder: str, options: argparse.Namespace) -> Path:
         "isolation.slots": 2,
         "cluster.runs_dir": folder,
     }
+    if options.data:
+        sets["data.source"] = Path(options.data).resolve()
     command = [sys.executable, "-m", "fedhpc.submit", str(REPOSITORY / "configs" / "mnist.yaml")]
     command += ["--executor", "local", "--follow"]
     command += [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]

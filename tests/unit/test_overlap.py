@@ -12,8 +12,9 @@ from flwr.serverapp.strategy import FedAvg
 from test_cohort import CLIENTS, START, Federation, fails, nothing
 
 from fedhpc.federation import plain
-from fedhpc.federation.checkpoint import CheckpointStore
+from fedhpc.federation.checkpoint import Checkpoint, CheckpointStore
 from fedhpc.federation.rounds import Rounds
+from fedhpc.paths import checkpointed_rounds
 
 
 class Stop(Exception):
@@ -176,3 +177,28 @@ def test_a_skipped_round_is_not_evaluated_later_either(tmp_path: Path) -> None:
     )  # fmt: skip
     assert seen == [0, 1, 3]
     assert [line["round"] for line in federation.lines] == [1, 2, 3]
+
+
+def test_on_a_slow_disk_at_most_one_round_is_without_a_checkpoint_during_an_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = Evaluated(tmp_path)
+    write = CheckpointStore._write
+
+    def slowly(store: CheckpointStore, checkpoint: Checkpoint) -> None:
+        time.sleep(0.3)
+        write(store, checkpoint)
+
+    monkeypatch.setattr(CheckpointStore, "_write", slowly)
+    there: dict[int, list[int]] = {}
+    happen = federation.happen
+
+    def look(what: str, fails_at: str) -> None:
+        if what.startswith("evaluate"):
+            there[int(what.split()[1])] = checkpointed_rounds(federation.paths)
+        happen(what, fails_at)
+
+    monkeypatch.setattr(federation, "happen", look)
+    federation.start(4)
+    newest = {number: max(found, default=0) for number, found in there.items()}
+    assert [newest[number] for number in (1, 2, 3)] == [0, 1, 2]
