@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def federate(options: argparse.Namespace, slots: int, overlap: str) -> tuple[float, str]:
-    """Run a federation; return the mean seconds of its rounds but the first, and its model."""
+    """Run a federation; return the median seconds of its steady rounds, and its model."""
     sets = {
         "federation.num_rounds": options.rounds,
         "federation.evaluate_every": 1,
@@ -59,10 +59,11 @@ def federate(options: argparse.Namespace, slots: int, overlap: str) -> tuple[flo
         if done.returncode:
             sys.exit(done.stdout + done.stderr)
         (run_dir,) = Path(folder).iterdir()
-        lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line["round"] > 1]
-        seconds = statistics.fmean(line["round_s"] for line in lines)
-        evaluate_s = statistics.fmean(line["seconds"]["evaluate"] for line in lines)
-        clients_s = statistics.fmean(line["seconds"]["clients"] for line in lines)
+        # In the first the children start, and the last one always evaluates its own model too.
+        lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line["round"] > 1][:-1]
+        seconds = statistics.median(line["round_s"] for line in lines)
+        evaluate_s = statistics.median(line["seconds"]["evaluate"] for line in lines)
+        clients_s = statistics.median(line["seconds"]["clients"] for line in lines)
         print(
             f"  {slots} slots, overlap {overlap}: {seconds:.2f} s a round, of which the server"
             f" evaluates {evaluate_s:.2f} s and waits {clients_s:.2f} s",
