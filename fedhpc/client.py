@@ -266,6 +266,7 @@ class ArrayTask:
             prepare_arg=str(self._paths.root),
             # Another app's import may touch CUDA: then each child does it for itself.
             prepare_early=builtin and not self._config.app.mods,
+            rehearse=f"{FIT}:rehearse" if builtin and not self._gpus else None,
             host_memory_bytes=(
                 None if isolation.host_memory_gb is None else int(1e9 * isolation.host_memory_gb)
             ),

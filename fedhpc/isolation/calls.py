@@ -40,6 +40,10 @@ class PoolOptions:
         "module:function", called with ``prepare_arg`` in each child before its first call.
     prepare_early : bool
         Call it once in the fork server instead. It must neither touch CUDA nor start threads.
+    rehearse : str, optional
+        "module:function", called with ``prepare_arg`` in the fork server after ``prepare``, so that
+        children inherit what a first fit sets up. For pools without GPUs, which it must not see;
+        it must not start threads.
     huge_pages : bool
         Spend most of a second at the start of the fork server to make every fork cheaper.
     host_memory_bytes : int, optional
@@ -55,6 +59,7 @@ class PoolOptions:
     prepare: str | None = None
     prepare_arg: str = ""
     prepare_early: bool = False
+    rehearse: str | None = None
     huge_pages: bool = True
     host_memory_bytes: int | None = None
 
@@ -76,6 +81,7 @@ class PoolOptions:
             "spawn": spawn,
             "huge_pages": self.huge_pages and not spawn,
             "prepare_early": self.prepare_early and not spawn,
+            "rehearse": None if spawn else self.rehearse,
             "child": self.for_child(),
         }
 
@@ -87,6 +93,8 @@ class PoolOptions:
         mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
         return {
             **({"CUDA_VISIBLE_DEVICES": "0"} if mig else {}),
+            # Else torch's first backward pass would ask CUDA for GPUs and start a thread for each.
+            **({"CUDA_VISIBLE_DEVICES": ""} if self.rehearse else {}),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": threads,

@@ -49,8 +49,8 @@ class ForkServer:
     options : dict
         ``preload`` (modules), ``spawn`` (exec a new interpreter instead of a bare fork),
         ``huge_pages`` (see `_merge_pages`),
-        ``prepare_early`` (call the children's ``prepare`` here, once) and ``child`` (passed on to
-        each child).
+        ``prepare_early`` (call the children's ``prepare`` here, once), ``rehearse`` (what else to
+        call here, or None) and ``child`` (passed on to each child).
     """
 
     def __init__(self, control: socket.socket, options: dict[str, Any]) -> None:
@@ -112,6 +112,9 @@ class ForkServer:
                 child.prepare(self._options["child"])
                 self._options["child"]["prepare"] = None
             self._check_for_cuda(what)
+        if self._options["rehearse"]:
+            with contextlib.suppress(Exception, SystemExit):  # the first fit tells
+                child.resolve(self._options["rehearse"])(self._options["child"]["prepare_arg"])
         if torch is not None:
             torch.set_num_threads(self._options["child"]["threads"])
         # Children must not write to pages of objects they only share with this process.
