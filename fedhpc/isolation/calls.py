@@ -36,6 +36,9 @@ class PoolOptions:
         Prepare the next child while its predecessor works.
     preload : sequence of str
         Modules to import in the fork server; they must neither touch CUDA nor start threads.
+    learn_preload : bool
+        Import there, too, what the first children import late, if it is of installed packages and
+        neither touches CUDA nor starts threads (`preloading`).
     prepare : str, optional
         "module:function", called with ``prepare_arg`` in each child before its first call.
     prepare_early : bool
@@ -56,6 +59,7 @@ class PoolOptions:
     threads_per_fit: int = 1
     standby: bool = True
     preload: Sequence[str] = DEFAULT_PRELOAD
+    learn_preload: bool = False
     prepare: str | None = None
     prepare_arg: str = ""
     prepare_early: bool = False
@@ -70,6 +74,7 @@ class PoolOptions:
             "prepare_arg": self.prepare_arg,
             "fits": self.fits_per_process,
             "threads": self.threads_per_fit,
+            "learn": self.learn_preload and self.start_method == "forkserver",
             "refuse": "",
         }
 
