@@ -22,23 +22,23 @@ def train(message: Message, context: Context) -> Message:
     experiment = open_experiment(str(context.run_config["run-dir"]))
     settings = experiment.config.training
     device = device_of_this_child()
-    experiment.set_determinism(device)
     (arrays_key, arrays), *_ = message.content.array_records.items()
     model = experiment.model_with(arrays)
     examples = experiment.examples(int(context.node_config["partition-id"]))
-    measured = training.train(
-        model.to(device),
-        examples.images,
-        examples.labels,
-        mean=experiment.dataset.mean,
-        std=experiment.dataset.std,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        optimizer=settings.optimizer.name,
-        optimizer_params=settings.optimizer.params,
-        device=device,
-        proximal_mu=_proximal_mu(message),
-    )
+    with experiment.determinism(device):
+        measured = training.train(
+            model.to(device),
+            examples.images,
+            examples.labels,
+            mean=experiment.dataset.mean,
+            std=experiment.dataset.std,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            optimizer=settings.optimizer.name,
+            optimizer_params=settings.optimizer.params,
+            device=device,
+            proximal_mu=_proximal_mu(message),
+        )
     content = RecordDict(
         {
             arrays_key: ArrayRecord(model.state_dict()),
@@ -66,17 +66,17 @@ def evaluate(message: Message, context: Context) -> Message:
 def evaluate_arrays(experiment: Experiment, arrays: ArrayRecord, split: Split) -> dict[str, Any]:
     """Return the metrics of a model on some examples."""
     device = device_of_this_child()
-    experiment.set_determinism(device)
     dataset = experiment.dataset
-    return metrics.evaluate(
-        experiment.model_with(arrays).to(device),
-        split.images,
-        split.labels,
-        mean=dataset.mean,
-        std=dataset.std,
-        num_classes=len(dataset.classes),
-        device=device,
-    )
+    with experiment.determinism(device):
+        return metrics.evaluate(
+            experiment.model_with(arrays).to(device),
+            split.images,
+            split.labels,
+            mean=dataset.mean,
+            std=dataset.std,
+            num_classes=len(dataset.classes),
+            device=device,
+        )
 
 
 def _proximal_mu(message: Message) -> float:
