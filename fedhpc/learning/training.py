@@ -214,7 +214,7 @@ def make_optimizer(
     by_user = {"foreach", "fused", "differentiable"} & params.keys()
     # torch's own choice on a GPU: one call for all weights. On the CPU it saves a third of a step
     # of SGD with momentum on a small model, with the same bits.
-    chosen = {"foreach": True} if "foreach" in accepted and not by_user else {}
+    chosen: dict[str, Any] = {"foreach": True} if "foreach" in accepted and not by_user else {}
     try:
         return optimizer(parameters, **params, **chosen)
     except (TypeError, ValueError, RuntimeError) as error:
