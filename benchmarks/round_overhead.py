@@ -22,6 +22,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "cifar.yaml"
 MODES = {
     "fits_per_process=1": ["isolation.fits_per_process=1"],
     "... with standby": ["isolation.fits_per_process=1", "isolation.standby=true"],
+    "fits_per_process=auto": ["isolation.fits_per_process=auto"],
     "fits_per_process=0": ["isolation.fits_per_process=0"],
     "spawn": ["isolation.start_method=spawn"],
 }
@@ -52,7 +53,7 @@ def main() -> None:
                 ratio = seconds / bare_s
                 ratios[mode].append(ratio)
                 print(
-                    f"{repeat + 1}: {mode:<20} {seconds:6.3f} s a round, bare"
+                    f"{repeat + 1}: {mode:<22} {seconds:6.3f} s a round, bare"
                     f" {bare_s:6.3f} s, ratio {ratio:6.2f};"
                     f" CPU of the whole run {cpu_s:5.1f} s, bare {bare_cpu_s:5.1f} s",
                     flush=True,
@@ -60,7 +61,7 @@ def main() -> None:
     print(f"\n{os.cpu_count()} cores; ratio to bare, median (min to max):")
     for mode, found in ratios.items():
         print(
-            f"  {mode:<20} {statistics.median(found):6.2f} ({min(found):.2f} to {max(found):.2f})"
+            f"  {mode:<22} {statistics.median(found):6.2f} ({min(found):.2f} to {max(found):.2f})"
         )
 
 
