@@ -129,7 +129,7 @@ class _Watch:
                     todo.append(pid)
                     total += _proportional_bytes(pid)
                     if unwaited:
-                        self._unwaited[pid] = _cpu_s(pid)
+                        self._unwaited[pid] = sum(_cpu_s(pid))
             self.peak_bytes = max(self.peak_bytes, total)
 
 
@@ -166,23 +166,31 @@ def _children(pid: int) -> list[int]:
 
 def _ignores_children(pid: int) -> bool:
     """Return whether a process ignores SIGCHLD: then nobody is told what its children used."""
-    return bool(int(_field(f"/proc/{pid}/status", "SigIgn:") or "0", 16) >> signal.SIGCHLD - 1 & 1)
+    return bool(
+        int(field_of(f"/proc/{pid}/status", "SigIgn:") or "0", 16) >> signal.SIGCHLD - 1 & 1
+    )
 
 
 def _proportional_bytes(pid: int) -> int:
-    return 1024 * int(_field(f"/proc/{pid}/smaps_rollup", "Pss:") or 0)
+    return 1024 * int(field_of(f"/proc/{pid}/smaps_rollup", "Pss:") or 0)
 
 
-def _cpu_s(pid: int) -> float:
-    """Return the seconds of a process and of the children that it has waited for."""
+def own_cpu_s(pid: int) -> float:
+    """Return the seconds that a process has used itself; 0 if it has ended."""
+    return sum(_cpu_s(pid)[:2])
+
+
+def _cpu_s(pid: int) -> list[float]:
+    """Return seconds: user and system, of a process and of the children that it has waited for."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return 0.0
-    return sum(map(int, fields[11:15])) / _TICKS
+        return [0.0] * 4
+    return [int(ticks) / _TICKS for ticks in fields[11:15]]
 
 
-def _field(path: str, name: str) -> str:
+def field_of(path: str, name: str) -> str:
+    """Return the first value in a line of a file of /proc; "" if it is not there."""
     with contextlib.suppress(OSError):
         for line in Path(path).read_text().splitlines():
             if line.startswith(name):
