@@ -156,7 +156,7 @@ class Sampler:
         if usage.gpu is not None:
             after = self._used_mb(usage.gpu)
         idle = not any(self._pool.children().values())
-        if idle and (self._closing or time.monotonic() >= self._idle_next_s):
+        if idle and time.monotonic() >= self._idle_next_s:
             sample = self._sample()
             if usage.gpu is None:
                 after = sample["children_mb"]
