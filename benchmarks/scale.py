@@ -65,7 +65,7 @@ class Cost:
     array_task_cpu_s: float
     server_mb: float
     array_task_mb: float
-    server_slope: float  # MB a thousand fits
+    server_slope: float  # MB a thousand fits, in the second half
     array_task_slope: float
     sent: float  # by the array tasks
     received: float
@@ -272,8 +272,9 @@ def _cost(cell: Cell, run_dir: Path, samples: list[_Sample], traffic: dict[str, 
     server_cpu_s, array_task_cpu_s = (
         (after - before) / fits for before, after in zip(begin.cpu_s, end.cpu_s, strict=True)
     )
-    thousands = [cell.cohort * sample.rounds / 1_000 for sample in steady]
-    slopes = [np.polyfit(thousands, [s.mb[who] for s in steady], 1)[0] for who in (0, 1)]
+    later = [sample for sample in steady if sample.rounds >= cell.rounds // 2]  # all is warm
+    thousands = [cell.cohort * sample.rounds / 1_000 for sample in later]
+    slopes = [float(np.polyfit(thousands, [s.mb[who] for s in later], 1)[0]) for who in (0, 1)]
     sent_fits = cell.rounds * cell.cohort
     return Cost(
         fit_s=(ends_s[-2] - ends_s[0]) / ((cell.rounds - 2) * cell.cohort),
