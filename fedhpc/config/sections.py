@@ -214,8 +214,10 @@ class Isolation(Section):
     threads_per_fit: Positive = Field(
         1, description="threads of one fit; part of what makes a result reproducible"
     )
-    fits_per_process: Count = Field(
-        1, description="fits before a child process is replaced; 1: always fresh; 0: never replaced"
+    fits_per_process: Literal["auto"] | Count = Field(
+        1,
+        description="fits before a child process is replaced; 1: always fresh; 0: never replaced;"
+        " auto: as soon as a fit left it other than it was (memory, threads, files, flags, ...)",
     )
     start_method: Literal["forkserver", "spawn"] = Field(
         "forkserver", description="how child processes start; spawn is about 100 times slower"

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -27,7 +26,6 @@ from fedhpc.paths import RunPaths
 
 logger = logging.getLogger(__name__)
 
-_SEQUENCES = 1_000_000  # messages of the same verb to a client in a round
 _TOO_LATE = "no result before the round's deadline"
 _STEP_S = 1.0  # of waiting: the transport's clock wants to be read
 
@@ -96,8 +94,7 @@ class HpcGrid(Grid):
         self._states = states
         self._run = compat.empty_run(paths.run_id)
         self._open: dict[str, _Open] = {}
-        self._sequences: Counter[tuple[int, int, str]] = Counter()
-        self._first_sequence = 0
+        self._sequences = message_ids.Sequences()
         self._estimates = Estimates()
 
     def slot_seconds(self) -> SlotSeconds:
@@ -107,19 +104,16 @@ class HpcGrid(Grid):
     def capture(self) -> tuple[dict[str, Any], frozenset[str]]:
         """Return what a checkpoint must hold, and the names of the files that it refers to."""
         states, files = self._states.capture()
-        # Those of rounds that are done are not needed any more, but for messages of no round.
-        sequences = {key: n for key, n in self._sequences.items() if key[0] == 0}
-        return {"states": states, "sequences": sequences}, files
+        return {"states": states, "sequences": self._sequences.capture()}, files
 
     def restore(self, captured: dict[str, Any]) -> None:
         """Go on from what `capture` returned."""
         self._states.restore(captured["states"])
-        self._sequences |= Counter(captured["sequences"])
+        self._sequences.restore(captured["sequences"])
 
     def begin_anew(self) -> None:
         """Let rounds begin at 1 once more, with message ids that have not been used."""
-        self._first_sequence += _SEQUENCES
-        self._sequences = Counter({key: n for key, n in self._sequences.items() if key[0] == 0})
+        self._sequences.begin_anew()
 
     def set_run(self, run: compat.Run) -> None:
         """Set Flower's description of the run."""
@@ -321,8 +315,7 @@ class HpcGrid(Grid):
             )
         server_round = round_of(message)
         key = (server_round, client_id, metadata.message_type)
-        sequence = self._first_sequence + self._sequences[key]
-        self._sequences[key] += 1
+        sequence = self._sequences.next(*key)
         parts = message_ids.Parts(server_round, client_id, metadata.message_type, sequence)
         message_id = message_ids.make(parts)
         # Flower shares one content between a cohort's messages, but not the metadata.

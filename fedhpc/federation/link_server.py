@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -171,7 +171,8 @@ class LinkServer:
 
     def receive(self, message_ids: Iterable[str], timeout_s: float) -> list[Response]:
         """Return answers; see `Transport`."""
-        wanted = set(message_ids)
+        # A large cohort's set is not copied for each result.
+        wanted = message_ids if isinstance(message_ids, Set) else set(message_ids)
         deadline_s = time.monotonic() + timeout_s
         while True:
             left_s = deadline_s - time.monotonic()

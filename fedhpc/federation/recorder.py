@@ -191,6 +191,8 @@ class Recorder:
                     line[name] = getattr(fit, name)
             if fit.out_of_memory:
                 line["out_of_memory"] = True
+            if fit.replaced:
+                line["replaced"] = fit.replaced
         if response.failure is not None:
             line["reason"] = response.failure.reason
             self.last_failure = f"client {client_id}: {response.failure.reason}"

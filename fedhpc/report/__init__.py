@@ -202,6 +202,7 @@ def _print(found: "Summary", written: Sequence[Path]) -> None:
     for table in (
         tables.memory_table(found.rows),
         tables.seconds_table(found.rows),
+        tables.replaced_table(found.replaced),
         tables.failure_table(found.failures),
     ):
         if table[1]:
@@ -218,7 +219,7 @@ def _print_table(console: Any, table: "Table") -> None:
     heads, rows = table
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for index, head in enumerate(heads):
-        is_text = index == 0 or head in ("card", "reason", "clients", "rounds")
+        is_text = index == 0 or head in ("card", "reason", "replaced because", "clients", "rounds")
         shown.add_column(head, overflow="fold", justify="left" if is_text else "right")
     for row in rows[:_MANY]:
         shown.add_row(*row)

@@ -39,6 +39,11 @@ _SECONDS_WORDS = (
     " between server and array task, both ways."
 )
 
+_REPLACED_WORDS = (
+    "With isolation.fits_per_process: auto a process is used for another fit only while it proves"
+    " to be as it was. These were not, after the fits counted here."
+)
+
 
 def build(summary: Summary, figures: Sequence[tuple[str, bytes, str]], left_out: str = "") -> str:
     """Return the page of a run.
@@ -82,6 +87,12 @@ def build(summary: Summary, figures: Sequence[tuple[str, bytes, str]], left_out:
             "<h2>Seconds of a fit</h2>",
             _table(tables.seconds_table(summary.rows), {0}),
             f'<p class="quiet">{escape(_SECONDS_WORDS)}</p>',
+        ]
+    if summary.replaced:
+        parts += [
+            "<h2>Processes that were replaced</h2>",
+            _table(tables.replaced_table(summary.replaced), {1, 2, 3}),
+            f'<p class="quiet">{escape(_REPLACED_WORDS)}</p>',
         ]
     parts.append("<h2>Failures</h2>")
     if summary.failures:

@@ -84,18 +84,23 @@ def as_dict(summary: Summary) -> dict[str, Any]:
         "seconds": breakdown.means(breakdown.of_server(summary.rounds)),
         "slot_seconds": breakdown.means(breakdown.of_slots(summary.rounds)),
         "memory": summary.rows,
-        "failures": [
-            {
-                "reason": group.reason,
-                "count": group.count,
-                "clients": sorted(set(group.clients)),
-                "rounds": sorted(set(group.rounds)),
-            }
-            for group in summary.failures
-        ],
+        "failures": _listed(summary.failures),
+        "replaced": _listed(summary.replaced),
         "notes": summary.notes,
     }
     return {key: _finite(item) for key, item in value.items()}
+
+
+def _listed(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    return [
+        {
+            "reason": group.reason,
+            "count": group.count,
+            "clients": sorted(set(group.clients)),
+            "rounds": sorted(set(group.rounds)),
+        }
+        for group in groups
+    ]
 
 
 def _finite(value: Any) -> Any:
@@ -108,7 +113,16 @@ def _finite(value: Any) -> Any:
 
 def failure_table(groups: Sequence[Group]) -> Table:
     """Return heads and rows of the table of failures, as text."""
-    return ["fits", "reason", "clients", "rounds"], [
+    return _group_table(groups, "reason")
+
+
+def replaced_table(groups: Sequence[Group]) -> Table:
+    """Return heads and rows of the table of processes that were not kept, as text."""
+    return _group_table(groups, "replaced because")
+
+
+def _group_table(groups: Sequence[Group], head: str) -> Table:
+    return ["fits", head, "clients", "rounds"], [
         [
             str(group.count),
             group.reason,

@@ -14,6 +14,7 @@ LAYOUTS = {
     "one slot and standby children": ["isolation.slots=1", "isolation.standby=true"],
     "spawn instead of fork": ["isolation.start_method=spawn", "isolation.slots=2"],
     "processes that are kept": ["isolation.fits_per_process=0"],
+    "processes that are kept while they are clean": ["isolation.fits_per_process=auto"],
     "processes that do three fits and arrays in files": [
         "isolation.fits_per_process=3",
         "cluster.inline_mb=0",
