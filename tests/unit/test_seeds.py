@@ -8,7 +8,6 @@ import torch
 
 from fedhpc.federation import seeds
 
-
 # ruff: noqa: NPY002  (the global generator is what Flower draws from)
 
 
