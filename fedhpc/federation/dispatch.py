@@ -2,67 +2,27 @@
 
 Events come in as method calls, what to do goes out as `actions`. Every message is answered exactly
 once: by the first result that arrives, from whichever array task; by a failure, if the array tasks
-that ran it were lost again and again; or by being withdrawn.
+that ran it were lost again and again; or by being withdrawn. What will take longest goes first, so
+that a round does not end with one long fit and idle slots.
 
 An array task that comes back says which fits it has from before. Those that nobody has asked for
 yet are *offers*: the server may be a new attempt that has not come as far again. An offer takes a
 slot until it is asked for, has become pointless, or the slot is needed.
 """
 
+from bisect import insort
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedhpc.federation.actions import Action, Assign, Cancel, Drop, Fail, Keep
 from fedhpc.federation.offers import Offers
-
-
-@dataclass(frozen=True)
-class Assign:
-    """Send the message to the link's array task."""
-
-    link: int
-    message_id: str
-
-
-@dataclass(frozen=True)
-class Keep:
-    """The link's array task has the message from before: its result is wanted."""
-
-    link: int
-    message_id: str
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """The link's array task need not finish the message."""
-
-    link: int
-    message_id: str
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Close the link: it counts as lost."""
-
-    link: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Fail:
-    """Answer the message with an error."""
-
-    message_id: str
-    reason: str
-
-
-Action = Assign | Keep | Cancel | Drop | Fail
 
 
 @dataclass
 class _Message:
     message_id: str
-    order: int
+    order: tuple[float, int]
     pin: int | None
     fingerprint: str
     links: set[int] = field(default_factory=set)
@@ -113,6 +73,8 @@ class Dispatch:
         self._started = False
         self._orders = 0
         self._messages: dict[str, _Message] = {}
+        # By order. Those that were answered, withdrawn or assigned meanwhile are found out later.
+        self._waiting: list[tuple[tuple[float, int], str]] = []
         self._links: dict[int, _Link] = {}
         self._offers = Offers()
         self._actions: list[Action] = []
@@ -136,6 +98,18 @@ class Dispatch:
     def running(self) -> int:
         """How many messages are with an array task."""
         return sum(1 for message in self._messages.values() if message.links)
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether messages wait for an answer."""
+        return bool(self._messages)
+
+    def occupancy(self) -> tuple[int, int]:
+        """Return how many slots are connected, and how many of them have a message."""
+        links = self._links.values()
+        return sum(link.slots for link in links), sum(
+            min(link.slots, len(link.assigned)) for link in links
+        )
 
     def running_on(self, link: int) -> int:
         """How many messages a link's array task has, offers included."""
@@ -164,7 +138,9 @@ class Dispatch:
         self._awaited = set(range(self._array_tasks))
         self._patient_until_s = until_s
 
-    def submit(self, message_id: str, client_id: int, fingerprint: str = "") -> None:
+    def submit(
+        self, message_id: str, client_id: int, fingerprint: str = "", expected: float = 0.0
+    ) -> None:
         """Add a message that wants one answer.
 
         Parameters
@@ -175,6 +151,8 @@ class Dispatch:
             The one that is asked.
         fingerprint : str
             Of what is asked; an offer with another one is no answer.
+        expected : float
+            How long the fit will take compared with others, in any unit.
 
         Raises
         ------
@@ -184,8 +162,9 @@ class Dispatch:
         if message_id in self._messages:
             raise ValueError(f"message {message_id} is open already")
         pin = client_id % self._array_tasks if self._pinned else None
-        message = _Message(message_id, self._orders, pin, fingerprint)
+        message = _Message(message_id, (-expected, self._orders), pin, fingerprint)
         self._messages[message_id] = message
+        insort(self._waiting, (message.order, message_id))
         self._orders += 1
         for link, held in self._offers.ask(message_id):
             self._keep_or_cancel(link, message, held)
@@ -304,13 +283,13 @@ class Dispatch:
         if not self._started or self._awaited:
             return
         free = {number: count for number in self._links if (count := self._free(number)) > 0}
-        waiting = sorted(
-            (message for message in self._messages.values() if not message.links),
-            key=lambda message: message.order,
-        )
-        for message in waiting:
-            if not (free or self._offers.links()):
-                return
+        index = 0
+        while index < len(self._waiting) and (free or self._offers.links()):
+            order, message_id = self._waiting[index]
+            message = self._messages.get(message_id)
+            if message is None or message.order != order or message.links:
+                del self._waiting[index]
+                continue
             eligible = [number for number in free if self._may_run(number, message)]
             if eligible:
                 # The emptiest link first, so that few fits spread over all nodes.
@@ -318,7 +297,9 @@ class Dispatch:
             elif (found := self._make_room(message)) is not None:
                 link = found
             else:
+                index += 1
                 continue
+            del self._waiting[index]
             message.links.add(link)
             self._links[link].assigned.add(message.message_id)
             self._actions.append(Assign(link, message.message_id))
@@ -376,7 +357,11 @@ class Dispatch:
         message = self._messages[message_id]
         message.links.discard(number)
         message.losses += blame
-        if message.losses >= self._max_losses and not message.links:
+        if message.links:
+            return
+        if message.losses < self._max_losses:
+            insort(self._waiting, (message.order, message_id))
+        else:
             del self._messages[message_id]
             self._actions.append(
                 Fail(

@@ -1,12 +1,14 @@
 """What the two halves of the built-in app share: the run's data, model and hyperparameters."""
 
+import math
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import ArrayRecord
+from flwr.app import Array, ArrayRecord
 
 from fedhpc import config
 from fedhpc.errors import PlatformError
@@ -28,6 +30,8 @@ class Experiment:
     def __init__(self, run_dir: Path) -> None:
         self.paths = RunPaths(run_dir)
         self.config = config.load(self.paths.config)
+        if self.config.training.deterministic:  # here, as no fit may change the environment
+            os.environ.setdefault(*training.CUBLAS_WORKSPACE)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -77,7 +81,9 @@ class Experiment:
 
         The weights are copied: where numpy's memory lies would change the last bits of a product.
         """
-        self._model.load_state_dict(arrays.to_torch_state_dict())
+        self._model.load_state_dict(
+            {name: torch.from_numpy(_values(array)) for name, array in arrays.items()}
+        )
         return self._model
 
     def new_model(self) -> torch.nn.Module:
@@ -91,10 +97,21 @@ class Experiment:
             len(dataset.classes),
         )
 
-    def set_determinism(self, device: torch.device) -> None:
-        """Switch deterministic algorithms on, if the config asks for them."""
+    def determinism(self, device: torch.device) -> AbstractContextManager[None]:
+        """Return what keeps to deterministic algorithms inside of it, if the config asks so."""
         if self.config.training.deterministic:
-            training.make_deterministic(device)
+            return training.deterministic_algorithms(device)
+        return nullcontext()
+
+
+def _values(array: Array) -> np.ndarray:
+    """Return a copy of an array's values; `Array.numpy` takes several times as long."""
+    if array.stype == "numpy.ndarray":
+        data, dtype = array.data, np.dtype(array.dtype)
+        start = len(data) - math.prod(array.shape) * dtype.itemsize  # behind the header
+        if start > 0 and b"'fortran_order': False" in data[:start]:
+            return np.frombuffer(data, dtype, offset=start).reshape(array.shape).copy()
+    return array.numpy()
 
 
 @lru_cache(maxsize=1)

@@ -13,7 +13,10 @@ from flwr.serverapp import Grid
 from fedhpc import files
 from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import compat, grid_pb2, message_ids, seeds, updates
+from fedhpc.federation.breakdown import SlotSeconds
 from fedhpc.federation.cohort import Answer, Cohort, Outcome, nothing
+from fedhpc.federation.conventions import examples_of, round_of
+from fedhpc.federation.estimates import Estimates
 from fedhpc.federation.journal import AcceptedJournal, Entry
 from fedhpc.federation.payload import ArrayCache, pack, unpack
 from fedhpc.federation.recorder import Recorder
@@ -25,6 +28,17 @@ logger = logging.getLogger(__name__)
 
 _TOO_LATE = "no result before the round's deadline"
 _STEP_S = 1.0  # of waiting: the transport's clock wants to be read
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Messages that are under way: see `HpcGrid.ask`."""
+
+    message_ids: list[str]
+    cohort: Cohort
+    before: Entry | None
+    wanted: int | None
+    timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -81,6 +95,11 @@ class HpcGrid(Grid):
         self._run = compat.empty_run(paths.run_id)
         self._open: dict[str, _Open] = {}
         self._sequences = message_ids.Sequences()
+        self._estimates = Estimates()
+
+    def slot_seconds(self) -> SlotSeconds:
+        """Return what the slots of all array tasks have done so far."""
+        return self._transport.slot_seconds()
 
     def capture(self) -> tuple[dict[str, Any], frozenset[str]]:
         """Return what a checkpoint must hold, and the names of the files that it refers to."""
@@ -154,11 +173,11 @@ class HpcGrid(Grid):
         Fits that fail are tried again. What is not answered within ``timeout`` seconds is cancelled
         and left out.
         """
-        outcome = self.exchange(messages, timeout=timeout)
+        outcome = self.collect(self.ask(messages, timeout=timeout))
         outcome.commit()
         return outcome.replies
 
-    def exchange(
+    def ask(
         self,
         messages: Iterable[Message],
         *,
@@ -166,15 +185,15 @@ class HpcGrid(Grid):
         wanted: int | None = None,
         compare_metrics: bool = False,
         journalled: bool = False,
-    ) -> Outcome:
-        """Send messages and return what became of them; no client's state is committed yet.
+    ) -> Asked:
+        """Send messages; `collect` waits for what becomes of them.
 
         Parameters
         ----------
         messages : iterable of Message
             See `send_and_receive`.
         timeout : float, optional
-            In seconds of the transport's clock: it stands while no work can go on.
+            In seconds of the transport's clock, from `collect` on: it stands while nobody works.
         wanted : int, optional
             How many successes are enough: the rest is cancelled then. All by default.
         compare_metrics : bool
@@ -182,26 +201,33 @@ class HpcGrid(Grid):
         journalled : bool
             Whether the journal says who is waited for, if the same was sent before a restart.
         """
-        requests = self._requests(messages)
-        asked = [request.message_id for request in requests]
-        before = self.journal.read(asked) if journalled else None
-        if before is not None:
-            requests = [r for r in requests if r.message_id in before.accepted]
-        cohort = Cohort(
-            [request.message_id for request in requests],
-            retry=self._retry,
-            wanted=None if before else wanted,
-            # Accepted ones alone would be another majority than the one that they were part of.
-            refuse=partial(updates.refused, compare_metrics=compare_metrics)
-            if before is None
-            else lambda _: [],
-        )
-        self._send(requests)
-        late = self._wait(cohort, math.inf if timeout is None else timeout)
-        outcome = cohort.outcome(late)
-        if before is not None:
-            outcome = before.complete(outcome, asked, wanted, self._failed_before(before))
-        self._end(outcome)
+        with self.recorder.watch.phase("send"):
+            requests = self._requests(messages)
+            asked = [request.message_id for request in requests]
+            before = self.journal.read(asked) if journalled else None
+            if before is not None:
+                requests = [r for r in requests if r.message_id in before.accepted]
+            cohort = Cohort(
+                [request.message_id for request in requests],
+                retry=self._retry,
+                wanted=None if before else wanted,
+                # Accepted ones alone would be another majority than the one they were part of.
+                refuse=partial(updates.refused, compare_metrics=compare_metrics)
+                if before is None
+                else lambda _: [],
+            )
+            self._send(requests)
+        return Asked(asked, cohort, before, wanted, math.inf if timeout is None else timeout)
+
+    def collect(self, asked: Asked) -> Outcome:
+        """Return what became of messages; no client's state is committed yet."""
+        with self.recorder.watch.phase("receive"):
+            late = self._wait(asked.cohort, asked.timeout_s)
+            outcome = asked.cohort.outcome(late)
+            if (before := asked.before) is not None:
+                failed = self._failed_before(before)
+                outcome = before.complete(outcome, asked.message_ids, asked.wanted, failed)
+            self._end(outcome)
         return outcome
 
     # --- inside ---
@@ -213,7 +239,9 @@ class HpcGrid(Grid):
         deadline_s = self._transport.clock_s() + timeout_s
         while not cohort.closed and (left_s := deadline_s - self._transport.clock_s()) > 0:
             batch = {}
-            for response in self._transport.receive(cohort.waiting, min(left_s, _STEP_S)):
+            with self.recorder.watch.phase("clients"):
+                responses = self._transport.receive(cohort.waiting, min(left_s, _STEP_S))
+            for response in responses:
                 told, answer = self._answer(response, cohort.tries(response.message_id))
                 batch[answer.message_id] = answer
                 came[answer.message_id] = told
@@ -285,7 +313,7 @@ class HpcGrid(Grid):
             raise ValueError(
                 f"a message is for node {metadata.dst_node_id}, expected 1 to {self._num_clients}"
             )
-        server_round = _round_of(message)
+        server_round = round_of(message)
         key = (server_round, client_id, metadata.message_type)
         sequence = self._sequences.next(*key)
         parts = message_ids.Parts(server_round, client_id, metadata.message_type, sequence)
@@ -295,7 +323,8 @@ class HpcGrid(Grid):
         packed = pack(message, self._states.get(client_id), cache)
         packed.payload.client_id = client_id
         packed.payload.seed = seeds.derive(self.seed, *key, sequence)
-        request = Request(message_id, client_id, packed)
+        expected = self._estimates.expected(metadata.message_type, client_id)
+        request = Request(message_id, client_id, packed, expected)
         self._open[message_id] = _Open(message, server_round, client_id, request)
         return request
 
@@ -319,6 +348,14 @@ class HpcGrid(Grid):
             else:
                 if reply.has_error():  # the app itself says so
                     failure = grid_pb2.Failure(reason=reply.error.reason, raised=True)
+                elif response.fit is not None:
+                    self._estimates.note(
+                        opened.message.metadata.message_type,
+                        opened.client_id,
+                        response.fit.run_s,
+                        response.array_task or 0,
+                        examples_of(reply),
+                    )
                 has_state = response.payload.HasField("state")
                 commit = partial(self._commit, opened.client_id, state if has_state else None)
         if reply is None:
@@ -354,13 +391,3 @@ class HpcGrid(Grid):
         data = response.blobs[digest] = files.map_whole(path, response.files[digest])
         files.remove(path)  # the mapping keeps the bytes
         return data
-
-
-def _round_of(message: Message) -> int:
-    """Return the round a message belongs to, as Flower's strategies write it; 0 if it says none."""
-    for record in message.content.config_records.values():
-        found = record.get("server-round")
-        if isinstance(found, int):
-            return found
-    group = message.metadata.group_id
-    return int(group) if group.isdecimal() else 0

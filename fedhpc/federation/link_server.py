@@ -15,8 +15,9 @@ import grpc
 
 from fedhpc import files
 from fedhpc.errors import PlatformError, Superseded
-from fedhpc.federation import dispatch, grid_pb2, link
+from fedhpc.federation import actions, dispatch, grid_pb2, link
 from fedhpc.federation.blobs import BlobStore
+from fedhpc.federation.breakdown import SlotLedger, SlotSeconds
 from fedhpc.federation.peer import Peer, clash
 from fedhpc.federation.transport import Request, Response, WorkClock
 from fedhpc.paths import RunPaths
@@ -94,6 +95,7 @@ class LinkServer:
         self._failed: Counter[int] = Counter()
         self._lonely_since_s = time.monotonic()
         self._clock = WorkClock(self._lonely_since_s)
+        self._ledger = SlotLedger(self._lonely_since_s)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="links", daemon=True)
         self._server: grpc.aio.Server | None = None
@@ -160,7 +162,9 @@ class LinkServer:
             for request in requests:
                 self._requests[request.message_id] = request
                 fingerprint = request.packed.fingerprint()
-                self._machine.submit(request.message_id, request.client_id, fingerprint)
+                self._machine.submit(
+                    request.message_id, request.client_id, fingerprint, request.expected
+                )
             self._act()
 
         self._loop.call_soon_threadsafe(submit)
@@ -183,6 +187,10 @@ class LinkServer:
     def clock_s(self) -> float:
         """Return a clock that stands while no work can go on; see `Transport`."""
         return self._clock.read(time.monotonic(), at_work=self._at_work)
+
+    def slot_seconds(self) -> SlotSeconds:
+        """Return what slots have done so far; see `Transport`."""
+        return self._ledger.read(time.monotonic())
 
     def withdraw(self, message_ids: Iterable[str]) -> list[Response]:
         """Forget requests; see `Transport`."""
@@ -362,6 +370,8 @@ class LinkServer:
             ToArrayTask(accepted=grid_pb2.Accepted(message_id=result.message_id))
         )
         arrived = peer.take_blobs(result)
+        now_s = time.monotonic()
+        held_s = now_s - peer.given_s.pop(result.message_id, now_s)
         if self._machine.answered(peer.number, result.message_id):
             failed = result.HasField("failure")
             (self._failed if failed else self._done)[peer.hello.array_task] += 1
@@ -375,6 +385,7 @@ class LinkServer:
                     fit=result.fit if result.HasField("fit") else None,
                     array_task=peer.hello.array_task,
                     host=peer.hello.host,
+                    held_s=held_s,
                 )
             )
         self._act()
@@ -392,23 +403,29 @@ class LinkServer:
     def _act(self) -> None:
         """Do what the state machine wants done."""
         for action in self._machine.actions():
-            if isinstance(action, dispatch.Fail):
+            if isinstance(action, actions.Fail):
                 failure = grid_pb2.Failure(reason=action.reason, final=True)
                 self._respond(Response(action.message_id, failure=failure))
                 continue
             peer = self._peers.get(action.link)
             if peer is None:
                 continue
-            if isinstance(action, dispatch.Assign):
+            if isinstance(action, actions.Assign | actions.Keep):
+                peer.given_s[action.message_id] = time.monotonic()
+            if isinstance(action, actions.Assign):
                 peer.outgoing.put_nowait(ToArrayTask(work=self._work(action.message_id)))
-            elif isinstance(action, dispatch.Keep):
+            elif isinstance(action, actions.Keep):
                 keep = grid_pb2.Keep(message_id=action.message_id)
                 peer.outgoing.put_nowait(ToArrayTask(keep=keep))
-            elif isinstance(action, dispatch.Cancel):
+            elif isinstance(action, actions.Cancel):
                 cancel = grid_pb2.Cancel(message_id=action.message_id)
                 peer.outgoing.put_nowait(ToArrayTask(cancel=cancel))
+                peer.given_s.pop(action.message_id, None)
             elif not peer.dropped.done():
                 peer.dropped.set_result(action.reason)
+        slots, busy = self._machine.occupancy()
+        asked = self._machine.has_messages
+        self._ledger.note(time.monotonic(), slots=slots, busy=busy, asked=asked)
 
     def _work(self, message_id: str) -> grid_pb2.Work:
         packed = self._requests[message_id].packed

@@ -26,8 +26,9 @@ class PoolOptions:
     ----------
     start_method : {"forkserver", "spawn"}
         Fork from a process that has preloaded the slow modules, or start a new interpreter.
-    fits_per_process : int
-        Calls before a child is replaced; 1: always a fresh one; 0: never replaced. A child that is
+    fits_per_process : int or "auto"
+        Calls before a child is replaced; 1: always a fresh one; 0: never replaced; auto: when a
+        call raised, or left the process other than it was (`cleanliness`). A child that is
         kept keeps its slot; it leaves when another process waits for that, when a call needs
         more memory than it was admitted for, or after a minute without work.
     threads_per_fit : int
@@ -36,10 +37,17 @@ class PoolOptions:
         Prepare the next child while its predecessor works.
     preload : sequence of str
         Modules to import in the fork server; they must neither touch CUDA nor start threads.
+    learn_preload : bool
+        Import there, too, what the first children import late, if it is of installed packages and
+        neither touches CUDA nor starts threads (`preloading`).
     prepare : str, optional
         "module:function", called with ``prepare_arg`` in each child before its first call.
     prepare_early : bool
         Call it once in the fork server instead. It must neither touch CUDA nor start threads.
+    rehearse : str, optional
+        "module:function", called with ``prepare_arg`` in the fork server after ``prepare``, so that
+        children inherit what a first fit sets up. For pools without GPUs, which it must not see;
+        it must not start threads.
     huge_pages : bool
         Spend most of a second at the start of the fork server to make every fork cheaper.
     host_memory_bytes : int, optional
@@ -48,13 +56,15 @@ class PoolOptions:
     """
 
     start_method: Literal["forkserver", "spawn"] = "forkserver"
-    fits_per_process: int = 1
+    fits_per_process: int | Literal["auto"] = 1
     threads_per_fit: int = 1
     standby: bool = True
     preload: Sequence[str] = DEFAULT_PRELOAD
+    learn_preload: bool = False
     prepare: str | None = None
     prepare_arg: str = ""
     prepare_early: bool = False
+    rehearse: str | None = None
     huge_pages: bool = True
     host_memory_bytes: int | None = None
 
@@ -65,6 +75,7 @@ class PoolOptions:
             "prepare_arg": self.prepare_arg,
             "fits": self.fits_per_process,
             "threads": self.threads_per_fit,
+            "learn": self.learn_preload and self.start_method == "forkserver",
             "refuse": "",
         }
 
@@ -76,6 +87,7 @@ class PoolOptions:
             "spawn": spawn,
             "huge_pages": self.huge_pages and not spawn,
             "prepare_early": self.prepare_early and not spawn,
+            "rehearse": None if spawn else self.rehearse,
             "child": self.for_child(),
         }
 
@@ -87,10 +99,14 @@ class PoolOptions:
         mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
         return {
             **({"CUDA_VISIBLE_DEVICES": "0"} if mig else {}),
+            # Else torch's first backward pass would ask CUDA for GPUs and start a thread for each.
+            **({"CUDA_VISIBLE_DEVICES": ""} if self.rehearse else {}),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": threads,
             "PYTHONHASHSEED": "0",  # the order of sets is the same in every array task
+            # Older versions of torch set it at the first use of a GPU: it would seem a fit's doing.
+            "CUDA_MODULE_LOADING": os.environ.get("CUDA_MODULE_LOADING", "LAZY"),
             # torch.cuda.is_available() at an app's import then asks NVML and makes no context.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
@@ -190,6 +206,8 @@ class Reply:
         Of these, its context.
     out_of_memory : bool
         Whether it ran again, alone on its GPU, as there was not enough memory at first.
+    replaced : str
+        Why its process is not kept, where that depends on how the call left it; else "".
     gone : Event or None
         Set when its process is gone; None: the process is kept.
     """
@@ -205,6 +223,7 @@ class Reply:
     gpu_peak_bytes: int | None = None
     gpu_context_bytes: int | None = None
     out_of_memory: bool = False
+    replaced: str = ""
     gone: threading.Event | None = None
 
     def close(self) -> None:

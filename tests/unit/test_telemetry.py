@@ -66,7 +66,7 @@ def test_tiny_fits_do_not_have_a_sample_each(
     seconds = time.monotonic() - begin_s
     kinds = kinds_in(path)
     assert kinds.count("fit") == 200
-    assert 2 <= kinds.count("sample") <= 5 + seconds / 0.1
+    assert 1 <= kinds.count("sample") <= 5 + seconds / 0.1
 
 
 def kinds_in(path: Path) -> list[str]:
