@@ -10,13 +10,16 @@ yet are *offers*: the server may be a new attempt that has not come as far again
 slot until it is asked for, has become pointless, or the slot is needed.
 """
 
+import heapq
 from bisect import insort
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
 from fedhpc.federation.actions import Action, Assign, Cancel, Drop, Fail, Keep
 from fedhpc.federation.offers import Offers
+from fedhpc.federation.roster import Link, Occupancy
 
 
 @dataclass
@@ -29,12 +32,7 @@ class _Message:
     losses: int = 0
 
 
-@dataclass
-class _Link:
-    array_task: int
-    slots: int
-    heard_s: float
-    assigned: set[str] = field(default_factory=set)
+_Queue = list[tuple[tuple[float, int], str]]  # orders and ids of messages
 
 
 class Dispatch:
@@ -73,9 +71,11 @@ class Dispatch:
         self._started = False
         self._orders = 0
         self._messages: dict[str, _Message] = {}
-        # By order. Those that were answered, withdrawn or assigned meanwhile are found out later.
-        self._waiting: list[tuple[tuple[float, int], str]] = []
-        self._links: dict[int, _Link] = {}
+        # By pin, in their order. That one was answered, withdrawn or assigned is found out later.
+        self._waiting: defaultdict[int | None, _Queue] = defaultdict(list)
+        self._changed: set[int | None] = set()  # pins whose messages or slots are to be looked at
+        self._links: dict[int, Link] = {}
+        self._occupancy = Occupancy()
         self._offers = Offers()
         self._actions: list[Action] = []
         self._awake_s: float | None = None
@@ -106,10 +106,7 @@ class Dispatch:
 
     def occupancy(self) -> tuple[int, int]:
         """Return how many slots are connected, and how many of them have a message."""
-        links = self._links.values()
-        return sum(link.slots for link in links), sum(
-            min(link.slots, len(link.assigned)) for link in links
-        )
+        return self._occupancy.slots, self._occupancy.busy
 
     def running_on(self, link: int) -> int:
         """How many messages a link's array task has, offers included."""
@@ -164,7 +161,7 @@ class Dispatch:
         pin = client_id % self._array_tasks if self._pinned else None
         message = _Message(message_id, (-expected, self._orders), pin, fingerprint)
         self._messages[message_id] = message
-        insort(self._waiting, (message.order, message_id))
+        self._wait_in_order(message)
         self._orders += 1
         for link, held in self._offers.ask(message_id):
             self._keep_or_cancel(link, message, held)
@@ -196,7 +193,7 @@ class Dispatch:
         for older in self.links_of(array_task):
             self._lose(older, f"array task {array_task} connected again", blame=False)
         self._awaited.discard(array_task)
-        self._links[link] = _Link(array_task, slots, now_s)
+        self._links[link] = Link(array_task, slots, now_s)
         for message_id, fingerprint in held.items():
             if message := self._messages.get(message_id):
                 self._keep_or_cancel(link, message, fingerprint)
@@ -204,6 +201,7 @@ class Dispatch:
                 self._actions.append(Cancel(link, message_id))
             else:
                 self._offers.add(link, message_id, fingerprint)
+        self._count(link)
         if len(self._links) >= self._min_array_tasks:
             self._started = True
 
@@ -211,6 +209,7 @@ class Dispatch:
         """Note how many fits a link's array task runs at a time from now on."""
         if link in self._links:
             self._links[link].slots = slots
+            self._count(link)
 
     def hand_back(self, link: int, message_id: str, reason: str) -> None:
         """Note that a link's array task cannot run a message that it was given, or offered."""
@@ -218,6 +217,7 @@ class Dispatch:
         if link in self._links and message_id in self._links[link].assigned:
             self._links[link].assigned.discard(message_id)
             self._take_away(link, self._links[link], message_id, reason, blame=True)
+        self._count(link)
 
     def leave(
         self, link: int, now_s: float, reason: str = "its stream broke", *, blame: bool = True
@@ -245,6 +245,7 @@ class Dispatch:
         message = self._messages.pop(message_id, None)
         if link in self._links:
             self._links[link].assigned.discard(message_id)
+            self._count(link)
         if message is None:
             return False
         self._release(message, cancel_except=link)
@@ -279,33 +280,48 @@ class Dispatch:
             self._patient_until_s = now_s + self._liveness_timeout_s
         self._awake_s = now_s
 
+    def _wait_in_order(self, message: _Message) -> None:
+        insort(self._waiting[message.pin], (message.order, message.message_id))
+        self._changed.add(message.pin)
+
+    def _count(self, number: int) -> None:
+        """Count the slots of a link anew, after whatever may have changed them."""
+        if link := self._links.get(number):
+            self._occupancy.count(number, link, len(self._offers.of(number)))
+            self._changed.add(link.array_task if self._pinned else None)
+
     def _assign(self) -> None:
         if not self._started or self._awaited:
             return
-        free = {number: count for number in self._links if (count := self._free(number)) > 0}
-        index = 0
-        while index < len(self._waiting) and (free or self._offers.links()):
-            order, message_id = self._waiting[index]
+        while self._changed:
+            pin = self._changed.pop()
+            if waiting := self._waiting.get(pin):
+                roomy = self._occupancy.roomy
+                may_run = roomy if pin is None else roomy.intersection(self.links_of(pin))
+                self._assign_to(waiting, may_run)
+
+    def _assign_to(self, waiting: _Queue, roomy: Set[int]) -> None:
+        """Assign messages to links that may all run each of them."""
+        # The emptiest link first, so that few fits spread over all nodes.
+        emptiest = [(-self._free(number), number) for number in roomy]
+        heapq.heapify(emptiest)
+        while waiting:
+            order, message_id = waiting[0]
             message = self._messages.get(message_id)
-            if message is None or message.order != order or message.links:
-                del self._waiting[index]
-                continue
-            eligible = [number for number in free if self._may_run(number, message)]
-            if eligible:
-                # The emptiest link first, so that few fits spread over all nodes.
-                link = max(eligible, key=lambda number: (free[number], -number))
-            elif (found := self._make_room(message)) is not None:
-                link = found
-            else:
-                index += 1
-                continue
-            del self._waiting[index]
-            message.links.add(link)
-            self._links[link].assigned.add(message.message_id)
-            self._actions.append(Assign(link, message.message_id))
-            free[link] = self._free(link)
-            if free[link] <= 0:
-                del free[link]
+            if message is not None and message.order == order and not message.links:
+                if emptiest:
+                    _, link = heapq.heappop(emptiest)
+                elif (found := self._make_room(message)) is not None:
+                    link = found
+                else:
+                    return
+                message.links.add(link)
+                self._links[link].assigned.add(message_id)
+                self._actions.append(Assign(link, message_id))
+                self._count(link)
+                if (free := self._free(link)) > 0:
+                    heapq.heappush(emptiest, (-free, link))
+            del waiting[0]
 
     def _free(self, number: int) -> int:
         """Return how many slots of a link have neither a message nor an offer."""
@@ -329,29 +345,34 @@ class Dispatch:
         if fingerprint == message.fingerprint:
             message.links.add(number)
             self._links[number].assigned.add(message.message_id)
+            self._count(number)
             self._actions.append(Keep(number, message.message_id))
         else:
             self._actions.append(Cancel(number, message.message_id))
+            self._count(number)  # it was an offer
 
     def _cancel_offer(self, number: int, message_id: str) -> None:
         self._offers.remove(number, message_id)
+        self._count(number)
         self._actions.append(Cancel(number, message_id))
 
     def _release(self, message: _Message, cancel_except: int | None) -> None:
         for number in sorted(message.links):
             self._links[number].assigned.discard(message.message_id)
+            self._count(number)
             if number != cancel_except:
                 self._actions.append(Cancel(number, message.message_id))
 
     def _lose(self, number: int, reason: str, *, blame: bool = True) -> None:
         link = self._links.pop(number)
+        self._occupancy.remove(number)
         self._offers.remove_all(number)
         self._actions.append(Drop(number, reason))
         for message_id in sorted(link.assigned):
             self._take_away(number, link, message_id, reason, blame=blame)
 
     def _take_away(
-        self, number: int, link: _Link, message_id: str, reason: str, *, blame: bool
+        self, number: int, link: Link, message_id: str, reason: str, *, blame: bool
     ) -> None:
         """Free a message for another link, unless it was lost too often."""
         message = self._messages[message_id]
@@ -360,7 +381,7 @@ class Dispatch:
         if message.links:
             return
         if message.losses < self._max_losses:
-            insort(self._waiting, (message.order, message_id))
+            self._wait_in_order(message)
         else:
             del self._messages[message_id]
             self._actions.append(

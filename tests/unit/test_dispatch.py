@@ -1007,6 +1007,11 @@ class Behaviour(RuleBasedStateMachine):
         assert self.dispatch.running == len(with_somebody)
 
     @invariant()
+    def the_slots_are_counted_as_they_are(self) -> None:
+        busy = sum(min(self.slots[link], len(has)) for link, has in self.has.items())
+        assert self.dispatch.occupancy() == (sum(self.slots.values()), busy)
+
+    @invariant()
     def a_message_that_was_lost_too_often_is_not_tried_again(self) -> None:
         running = set().union(*self.has.values()) if self.has else set()
         waiting = self.open - running
