@@ -50,6 +50,7 @@ def measure(command: list[str]) -> Measured:
     Whatever loses its parent becomes a child of this process, so that its CPU is counted too.
     """
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     start_s, before_s = time.monotonic(), _waited_for_s()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -57,6 +58,9 @@ def measure(command: list[str]) -> Measured:
         try:
             code = process.wait()
             reaped = _reap_strays()
+        except BaseException:
+            _kill_all(os.getpid())
+            raise
         finally:
             watch.stop()
         wall_s = time.monotonic() - start_s
@@ -144,10 +148,17 @@ def _reap_strays() -> set[int]:
                 reaped.add(pid)
                 continue
             if time.monotonic() > deadline_s:
-                for stray in _children(os.getpid()):
-                    os.kill(stray, signal.SIGKILL)
+                _kill_all(os.getpid())
             time.sleep(0.01)
     return reaped
+
+
+def _kill_all(parent: int) -> None:
+    """Kill what comes from a process."""
+    for pid in _children(parent):
+        _kill_all(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _waited_for_s() -> float:
