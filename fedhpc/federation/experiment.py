@@ -1,6 +1,5 @@
 """What the two halves of the built-in app share: the run's data, model and hyperparameters."""
 
-import math
 import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import ArrayRecord
 
 from fedhpc import config
 from fedhpc.errors import PlatformError
@@ -81,9 +80,7 @@ class Experiment:
 
         The weights are copied: where numpy's memory lies would change the last bits of a product.
         """
-        self._model.load_state_dict(
-            {name: torch.from_numpy(_values(array)) for name, array in arrays.items()}
-        )
+        self._model.load_state_dict(arrays.to_torch_state_dict())
         return self._model
 
     def new_model(self) -> torch.nn.Module:
@@ -102,16 +99,6 @@ class Experiment:
         if self.config.training.deterministic:
             return training.deterministic_algorithms(device)
         return nullcontext()
-
-
-def _values(array: Array) -> np.ndarray:
-    """Return a copy of an array's values; `Array.numpy` takes several times as long."""
-    if array.stype == "numpy.ndarray":
-        data, dtype = array.data, np.dtype(array.dtype)
-        start = len(data) - math.prod(array.shape) * dtype.itemsize  # behind the header
-        if start > 0 and b"'fortran_order': False" in data[:start]:
-            return np.frombuffer(data, dtype, offset=start).reshape(array.shape).copy()
-    return array.numpy()
 
 
 @lru_cache(maxsize=1)

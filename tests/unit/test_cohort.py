@@ -40,11 +40,12 @@ class Transport(InProcess):
         self.sent: list[int] = []
         self.gone: list[int] = []
         self.stalls_s: list[float] = []  # nobody is at work for so long, where anybody waits
+        self.clock_ahead_s = 0.0
         self._stood_s = 0.0
         self._together = together
 
     def clock_s(self) -> float:
-        return super().clock_s() - self._stood_s
+        return super().clock_s() - self._stood_s + self.clock_ahead_s
 
     def send(self, requests: Sequence[Request]) -> None:
         self.sent += [request.client_id for request in requests]
