@@ -10,6 +10,7 @@ that one copies: Flower's arrays are views of the blob until Flower itself asks 
 import hashlib
 import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -107,18 +108,21 @@ def _plain_data(array: Array) -> tuple[str, memoryview] | None:
     """Return safetensors' dtype and the bare data of an array, if it is plain numpy."""
     if array.stype != "numpy.ndarray":
         return None
-    head = io.BytesIO(array.data[:256])
     try:
-        if np.lib.format.read_magic(head) != (1, 0):
-            return None
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(head)
-    except ValueError:
+        dtype = np.dtype(array.dtype)
+    except TypeError:
         return None
     name = _DTYPES.get(dtype.str)
-    data = memoryview(array.data)[head.tell() :]
-    if name is None or (fortran_order and len(shape) > 1) or shape != tuple(array.shape):
+    if name is None:
         return None
-    return (name, data) if len(data) == dtype.itemsize * int(np.prod(shape)) else None
+    # Compared, not parsed: numpy parses it with `ast`, which fails at times if two threads do that
+    # at once (https://github.com/python/cpython/issues/106905).
+    header = _npy_header(dtype.str, tuple(array.shape))
+    content = memoryview(array.data)
+    data = content[len(header) :]
+    if content[: len(header)] != header:
+        return None
+    return (name, data) if len(data) == dtype.itemsize * math.prod(array.shape) else None
 
 
 def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
