@@ -59,6 +59,7 @@ def test_an_array_larger_than_the_cluster_finishes_and_leaves_nothing_pending(
     assert seconds_until(lambda: not submitter.queue(), 20) < 10
 
 
+@pytest.mark.timeout(400)
 def test_nodes_that_go_down_in_the_middle_change_nothing(
     submitter: SlurmSubmitter, cluster: Cluster, long_reference: Run
 ) -> None:
