@@ -3,6 +3,7 @@
 import subprocess
 from pathlib import Path
 
+import pytest
 from slurm_support import LONG, Cluster, SlurmSubmitter, all_ended, hosts_of, jobs_of, seconds_until
 from support import DIGITS, REPOSITORY, Run, Submitter, eventually
 
