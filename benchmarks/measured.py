@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from fedhpc.files import read_lines
+from fedhpc.isolation.host_memory import children_of, proportional_bytes
 
 _PR_SET_CHILD_SUBREAPER = 36
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -129,9 +130,9 @@ class _Watch:
             while todo:
                 parent = todo.pop()
                 unwaited = _ignores_children(parent)
-                for pid in _children(parent):
+                for pid in children_of(parent):
                     todo.append(pid)
-                    total += _proportional_bytes(pid)
+                    total += proportional_bytes([pid])
                     if unwaited:
                         self._unwaited[pid] = sum(_cpu_s(pid))
             self.peak_bytes = max(self.peak_bytes, total)
@@ -155,7 +156,7 @@ def _reap_strays() -> set[int]:
 
 def _kill_all(parent: int) -> None:
     """Kill what comes from a process."""
-    for pid in _children(parent):
+    for pid in children_of(parent):
         _kill_all(pid)
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
@@ -166,24 +167,11 @@ def _waited_for_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _children(pid: int) -> list[int]:
-    found = []
-    with contextlib.suppress(OSError):  # it may have ended
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(OSError):
-                found += map(int, (task / "children").read_text().split())
-    return found
-
-
 def _ignores_children(pid: int) -> bool:
     """Return whether a process ignores SIGCHLD: then nobody is told what its children used."""
     return bool(
         int(field_of(f"/proc/{pid}/status", "SigIgn:") or "0", 16) >> signal.SIGCHLD - 1 & 1
     )
-
-
-def _proportional_bytes(pid: int) -> int:
-    return 1024 * int(field_of(f"/proc/{pid}/smaps_rollup", "Pss:") or 0)
 
 
 def own_cpu_s(pid: int) -> float:
