@@ -212,9 +212,13 @@ class Sampler:
         """Write lines as they come, all that have come meanwhile at once."""
         failing = False
         lines: list[dict[str, Any]] = []
-        while (line := self._lines.get()) is not None:
-            lines.append(line)
-            if not self._lines.empty():
+        line: dict[str, Any] | None = {}
+        while line is not None:
+            if (line := self._lines.get()) is not None:
+                lines.append(line)
+                if not self._lines.empty():
+                    continue
+            if not lines:
                 continue
             try:
                 files.append_line(self._path, *lines, patience_s=0.0)
