@@ -306,6 +306,17 @@ def map_whole(path: Path, size: int | None = None, timeout_s: float = 30.0) -> m
         os.close(fd)
 
 
+def unload(data: memoryview, start: int, end: int) -> None:
+    """Give a part of a mapped file back that has been read: the pages leave this process's memory.
+
+    What is mapped stays readable; of other memory nothing changes.
+    """
+    mapping = data.obj
+    if isinstance(mapping, mmap.mmap) and len(data) == len(mapping) and start < end:
+        first = start - start % mmap.PAGESIZE
+        mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, as 64 hex digits."""
     with path.open("rb") as file:

@@ -214,6 +214,7 @@ class Server:
             num_clients=self._config.federation.num_clients,
             seed=self._config.seed,
             states=ClientStates(self._paths, state_bytes, self._checkpoints.refers_to),
+            inline_bytes=int(self._config.cluster.inline_mb * 1e6),
             retry=self._config.failures.retry,
         )
         compat.set_identity(self._paths.run_id)

@@ -114,7 +114,7 @@ def execute(
     result = grid_pb2.Result(message_id=work.message_id, payload=packed.payload.SerializeToString())
     inline = []
     for blob in packed.blobs:
-        in_file = blob.size > prepared.config.cluster.inline_mb * 1e6
+        in_file = blob.size > payload.inline_bytes
         result.blobs.add(digest=blob.digest, size=blob.size, in_file=in_file)
         if in_file:
             path = prepared.paths.result_blob(work.message_id, blob.digest)

@@ -25,6 +25,8 @@ from fedhpc.paths import RunPaths
 logger = logging.getLogger(__name__)
 
 _SEQUENCES = 1_000_000  # messages of the same verb to a client in a round
+# Of replies that nobody has used yet: where a cohort's would be more, they come as files.
+_REPLIES_IN_MEMORY_BYTES = 1_000_000_000
 _TOO_LATE = "no result before the round's deadline"
 _STEP_S = 1.0  # of waiting: the transport's clock wants to be read
 
@@ -57,6 +59,9 @@ class HpcGrid(Grid):
         Of the run.
     states : ClientStates
         Of the clients.
+    inline_bytes : int
+        Larger arrays of a reply come as files, and so do smaller ones where a cohort's replies
+        would be more than 1 GB in this process.
     retry : int
         How often `send_and_receive` tries a failed fit again.
     """
@@ -70,6 +75,7 @@ class HpcGrid(Grid):
         num_clients: int,
         seed: int,
         states: ClientStates,
+        inline_bytes: int,
         retry: int = 0,
     ) -> None:
         self.recorder = recorder
@@ -78,6 +84,7 @@ class HpcGrid(Grid):
         self._paths = paths
         self._num_clients = num_clients
         self._retry = retry
+        self._inline_bytes = inline_bytes
         self.journal = AcceptedJournal(paths)
         self._states = states
         self._run = compat.empty_run(paths.run_id)
@@ -275,7 +282,11 @@ class HpcGrid(Grid):
 
     def _requests(self, messages: Iterable[Message]) -> list[Request]:
         cache = ArrayCache()
-        return [self._request(message, cache) for message in messages]
+        requests = [self._request(message, cache) for message in messages]
+        fair_bytes = _REPLIES_IN_MEMORY_BYTES // max(len(self._open), 1)
+        for request in requests:
+            request.packed.payload.inline_bytes = min(self._inline_bytes, fair_bytes)
+        return requests
 
     def _send(self, requests: Sequence[Request]) -> None:
         if requests:

@@ -226,18 +226,20 @@ class Fit(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., wait_s: _Optional[float] = ..., start_s: _Optional[float] = ..., run_s: _Optional[float] = ..., return_s: _Optional[float] = ..., peak_rss_mb: _Optional[float] = ..., late_imports: _Optional[_Iterable[str]] = ..., gpu: _Optional[str] = ..., gpu_before_mb: _Optional[float] = ..., gpu_peak_mb: _Optional[float] = ..., out_of_memory: bool = ...) -> None: ...
 
 class Payload(_message.Message):
-    __slots__ = ("message", "state", "arrays", "client_id", "seed")
+    __slots__ = ("message", "state", "arrays", "client_id", "seed", "inline_bytes")
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ARRAYS_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
     message: bytes
     state: bytes
     arrays: _containers.RepeatedCompositeFieldContainer[Arrays]
     client_id: int
     seed: int
-    def __init__(self, message: _Optional[bytes] = ..., state: _Optional[bytes] = ..., arrays: _Optional[_Iterable[_Union[Arrays, _Mapping]]] = ..., client_id: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    inline_bytes: int
+    def __init__(self, message: _Optional[bytes] = ..., state: _Optional[bytes] = ..., arrays: _Optional[_Iterable[_Union[Arrays, _Mapping]]] = ..., client_id: _Optional[int] = ..., seed: _Optional[int] = ..., inline_bytes: _Optional[int] = ...) -> None: ...
 
 class Arrays(_message.Message):
     __slots__ = ("record", "digest", "of_state")

@@ -12,10 +12,12 @@ import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
+from fedhpc import files
 from fedhpc.federation import compat, grid_pb2
 
 BytesLike = bytes | bytearray | memoryview
@@ -54,12 +56,11 @@ def encode_arrays(arrays: ArrayRecord) -> Blob:
     parts: list[BytesLike] = []
     offset = 0
     for name, array in arrays.items():
-        plain = _plain_data(array)
-        if plain is None:
+        dtype, data = _bare_data(array)
+        shape = list(array.shape)
+        if not dtype:
             raw_names.append(name)
-            dtype, shape, data = "U8", [len(array.data)], memoryview(array.data)
-        else:
-            (dtype, data), shape = plain, list(array.shape)
+            dtype, shape = "U8", [len(data)]
         header[_key(name)] = {
             "dtype": dtype,
             "shape": shape,
@@ -78,24 +79,39 @@ def encode_arrays(arrays: ArrayRecord) -> Blob:
     return Blob(digest.hexdigest(), 8 + len(text) + offset, parts)
 
 
-def decode_arrays(skeleton: ArrayRecord, data: memoryview) -> ArrayRecord:
-    """Return the record whose names, types and shapes are in ``skeleton`` and data in a blob."""
+def map_arrays(skeleton: ArrayRecord, data: memoryview) -> ArrayRecord:
+    """Return the record whose names, types and shapes are in ``skeleton`` and data in a blob.
+
+    Its arrays read the blob when they are asked for their data, and keep none of them: see
+    `compat.MappedArray`.
+    """
     length = int.from_bytes(data[:8], "little")
     header = json.loads(bytes(data[8 : 8 + length]))
-    body = data[8 + length :]
     raw_names = json.loads(header.get(_METADATA, {}).get(_RAW, "[]"))
     descriptions = {dtype: descr for descr, dtype in _DTYPES.items()}
-    arrays = {}
+    record = ArrayRecord()
     for name, array in skeleton.items():
         description = header[_key(name)]
-        start, end = description["data_offsets"]
-        if name in raw_names:
-            content = bytes(body[start:end])
-        else:
-            npy = _npy_header(descriptions[description["dtype"]], tuple(array.shape))
-            content = b"".join((npy, body[start:end]))
-        arrays[name] = Array(array.dtype, tuple(array.shape), array.stype, content)
-    return ArrayRecord(arrays)
+        start, end = (8 + length + offset for offset in description["data_offsets"])
+        record[name] = compat.MappedArray(
+            array.dtype,
+            tuple(array.shape),
+            array.stype,
+            data[start:end],
+            "" if name in raw_names else descriptions[description["dtype"]],
+            partial(files.unload, data, start, end),
+        )
+    return record
+
+
+def decode_arrays(skeleton: ArrayRecord, data: memoryview) -> ArrayRecord:
+    """Return the same as `map_arrays` with the data in memory."""
+    return loaded(map_arrays(skeleton, data))
+
+
+def loaded(arrays: ArrayRecord) -> ArrayRecord:
+    """Return a record with the data of all its arrays in memory."""
+    return ArrayRecord(dict(arrays))
 
 
 def _key(name: str) -> str:
@@ -103,30 +119,26 @@ def _key(name: str) -> str:
     return f"_{name}" if name.strip("_") == "metadata" and name.startswith("__") else name
 
 
-def _plain_data(array: Array) -> tuple[str, memoryview] | None:
-    """Return safetensors' dtype and the bare data of an array, if it is plain numpy."""
+def _bare_data(array: Array) -> tuple[str, memoryview]:
+    """Return safetensors' dtype and the bare data of an array; "" and all bytes if not plain."""
+    if isinstance(array, compat.MappedArray) and array.body is not None:
+        body, descr = array.body
+        return _DTYPES.get(descr, ""), body
+    raw = "", memoryview(array.data)
     if array.stype != "numpy.ndarray":
-        return None
+        return raw
     head = io.BytesIO(array.data[:256])
     try:
         if np.lib.format.read_magic(head) != (1, 0):
-            return None
+            return raw
         shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(head)
     except ValueError:
-        return None
+        return raw
     name = _DTYPES.get(dtype.str)
     data = memoryview(array.data)[head.tell() :]
     if name is None or (fortran_order and len(shape) > 1) or shape != tuple(array.shape):
-        return None
-    return (name, data) if len(data) == dtype.itemsize * int(np.prod(shape)) else None
-
-
-def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
-    out = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        out, {"descr": descr, "fortran_order": False, "shape": shape}
-    )
-    return out.getvalue()
+        return raw
+    return (name, data) if len(data) == dtype.itemsize * int(np.prod(shape)) else raw
 
 
 class ArrayCache:
@@ -215,7 +227,7 @@ def pack(message: Message, state: RecordDict | None, cache: ArrayCache) -> Packe
 def unpack(
     payload: grid_pb2.Payload, open_blob: Callable[[str], memoryview]
 ) -> tuple[Message, RecordDict]:
-    """Decode a message and a client's state.
+    """Decode a message and a client's state; the data of their arrays stay in the blobs.
 
     Parameters
     ----------
@@ -231,5 +243,5 @@ def unpack(
     for entry in payload.arrays:
         records = state if entry.of_state else message.content
         skeleton = records.array_records[entry.record]
-        records[entry.record] = decode_arrays(skeleton, open_blob(entry.digest))
+        records[entry.record] = map_arrays(skeleton, open_blob(entry.digest))
     return message, state

@@ -111,6 +111,7 @@ class Federation:
             num_clients=CLIENTS,
             seed=0,
             states=ClientStates(self.paths, 1e9),
+            inline_bytes=int(self.config.cluster.inline_mb * 1e6),
             retry=self.config.failures.retry,
         )
 
