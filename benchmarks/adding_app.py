@@ -35,16 +35,20 @@ def main(grid: Grid, context: Context) -> None:
     """Average all clients' models, and write how much memory that took."""
     config = context.run_config
     before_mb = memory_mb("VmRSS")
-    values = int(float(config["model-mb"]) * 1e6 / 4)
-    sizes = [values // 2] + [values // 2 // _SMALL_ARRAYS] * _SMALL_ARRAYS
-    arrays = ArrayRecord(
-        {str(i): Array(np.zeros(size, dtype=np.float32)) for i, size in enumerate(sizes)}
-    )
     strategy = FedAvg(fraction_train=1.0, fraction_evaluate=0.0)
-    strategy.start(grid, arrays, num_rounds=int(config["num-rounds"]))
+    strategy.start(grid, model(float(config["model-mb"])), num_rounds=int(config["num-rounds"]))
     if config["report"]:
         report = {"before_mb": before_mb, "peak_mb": memory_mb("VmHWM")}
         Path(str(config["report"])).write_text(json.dumps(report))
+
+
+def model(mb: float) -> ArrayRecord:
+    """Return a model of zeros."""
+    values = int(mb * 1e6 / 4)
+    sizes = [values // 2] + [values // 2 // _SMALL_ARRAYS] * _SMALL_ARRAYS
+    return ArrayRecord(
+        {str(i): Array(np.zeros(size, dtype=np.float32)) for i, size in enumerate(sizes)}
+    )
 
 
 def memory_mb(what: str) -> float:

@@ -15,7 +15,16 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+import adding_app
+import numpy as np
+from flwr.app import ArrayRecord
+
+from fedhpc import files
+from fedhpc.federation import compat
+from fedhpc.federation.payload import decode_arrays, encode_arrays, map_arrays
 
 HERE = Path(__file__).parent
 
@@ -28,6 +37,7 @@ def main() -> None:
     parser.add_argument("--folder", help="where the run folders go; default: the temporary folder")
     parser.add_argument("--set", action="append", default=[], help="as for submit")
     options = parser.parse_args()
+    print_copies(options.model_mb)
     for clients in options.clients:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
             free_gb, needed_gb = (
@@ -48,6 +58,38 @@ def main() -> None:
             f" {above_mb / options.model_mb:.2f} models; {wall_s:.0f} s",
             flush=True,
         )
+
+
+def print_copies(model_mb: float) -> None:
+    """Print what it costs to read a reply that lies in a file, in copies of its size."""
+    arrays = adding_app.model(model_mb)
+    skeleton, blob = compat.without_data(arrays), encode_arrays(arrays)
+    plain = np.ones(int(model_mb * 1e6 / 4), dtype=np.float32)
+
+    def read(decode: Callable[[ArrayRecord, memoryview], ArrayRecord]) -> None:
+        for array in decode(skeleton, files.map_whole(path)).values():
+            array.numpy()
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "reply"
+        files.write_atomic(path, blob.parts)
+        copy_s = best_cpu_s(plain.copy)
+        here = best_cpu_s(lambda: read(map_arrays)) / copy_s
+        loaded = best_cpu_s(lambda: read(decode_arrays)) / copy_s
+    print(
+        f"to read a reply of {model_mb:g} MB as numpy costs as much CPU time as {here:.1f} copies"
+        f" of it; through Flower's bytes: {loaded:.1f}"
+    )
+
+
+def best_cpu_s(action: Callable[[], object]) -> float:
+    """Return the least CPU time of several calls, in seconds."""
+    seconds = []
+    for _ in range(9):
+        start_s = time.process_time()
+        action()
+        seconds.append(time.process_time() - start_s)
+    return min(seconds)
 
 
 def run(folder: Path, clients: int, options: argparse.Namespace) -> dict[str, float]:

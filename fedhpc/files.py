@@ -306,15 +306,15 @@ def map_whole(path: Path, size: int | None = None, timeout_s: float = 30.0) -> m
         os.close(fd)
 
 
-def unload(data: memoryview, start: int, end: int) -> None:
-    """Give a part of a mapped file back that has been read: the pages leave this process's memory.
+def unload(data: memoryview) -> None:
+    """Let the pages of a mapped file leave this process's memory; what is mapped stays readable.
 
-    What is mapped stays readable; of other memory nothing changes.
+    All of them, as the kernel maps some more around each that is touched. Other memory is left
+    alone.
     """
     mapping = data.obj
-    if isinstance(mapping, mmap.mmap) and len(data) == len(mapping) and start < end:
-        first = start - start % mmap.PAGESIZE
-        mapping.madvise(mmap.MADV_DONTNEED, first, end - first)
+    if isinstance(mapping, mmap.mmap) and len(mapping):
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def sha256(path: Path) -> str:

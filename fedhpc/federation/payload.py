@@ -99,8 +99,9 @@ def map_arrays(skeleton: ArrayRecord, data: memoryview) -> ArrayRecord:
             array.stype,
             data[start:end],
             "" if name in raw_names else descriptions[description["dtype"]],
-            partial(files.unload, data, start, end),
+            partial(files.unload, data),
         )
+    files.unload(data)
     return record
 
 
