@@ -5,6 +5,18 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class BatchToArrayTask(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[ToArrayTask]
+    def __init__(self, events: _Optional[_Iterable[_Union[ToArrayTask, _Mapping]]] = ...) -> None: ...
+
+class BatchFromArrayTask(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[FromArrayTask]
+    def __init__(self, events: _Optional[_Iterable[_Union[FromArrayTask, _Mapping]]] = ...) -> None: ...
+
 class ToArrayTask(_message.Message):
     __slots__ = ("welcome", "chunk", "work", "accepted", "cancel", "release", "heartbeat", "finish", "keep")
     WELCOME_FIELD_NUMBER: _ClassVar[int]

@@ -7,7 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ T = TypeVar("T")
 _REJOIN_S = 3.0  # within it array tasks have seen the address of a new attempt
 
 ToArrayTask = grid_pb2.ToArrayTask
+_Events = Sequence[grid_pb2.FromArrayTask]
 _Context = Any  # grpc.aio.ServicerContext; grpc ships no types
 
 
@@ -217,8 +218,8 @@ class LinkServer:
         self._server = grpc.aio.server(options=link.OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(
             self._connect,
-            request_deserializer=grid_pb2.FromArrayTask.FromString,
-            response_serializer=ToArrayTask.SerializeToString,
+            request_deserializer=grid_pb2.BatchFromArrayTask.FromString,
+            response_serializer=grid_pb2.BatchToArrayTask.SerializeToString,
         )
         service, method = link.METHOD.strip("/").split("/")
         self._server.add_generic_rpc_handlers(
@@ -266,14 +267,14 @@ class LinkServer:
         self._act()
 
     async def _connect(
-        self, requests: AsyncIterator[grid_pb2.FromArrayTask], context: _Context
+        self, requests: AsyncIterator[grid_pb2.BatchFromArrayTask], context: _Context
     ) -> None:
         """Serve one array task until either side is gone."""
         first = await anext(aiter(requests), None)
-        if first is None or not first.HasField("hello"):
+        if first is None or not (first.events and first.events[0].HasField("hello")):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "expected a Hello first")
             return
-        hello = first.hello
+        hello = first.events[0].hello
         if hello.run_id != self._options.run_id:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -294,7 +295,7 @@ class LinkServer:
         )  # fmt: skip
         self._act()
         tasks: list[asyncio.Future[Any]] = [
-            asyncio.ensure_future(self._read(peer, requests)),
+            asyncio.ensure_future(self._read(peer, requests, first.events[1:])),
             asyncio.ensure_future(self._write(peer, context)),
             peer.dropped,
         ]
@@ -321,9 +322,19 @@ class LinkServer:
         if peer.dropped.done() and not peer.dropped.cancelled():
             await context.abort(grpc.StatusCode.ABORTED, reason)
 
-    async def _read(self, peer: Peer, requests: AsyncIterator[grid_pb2.FromArrayTask]) -> None:
-        async for event in requests:
+    async def _read(
+        self, peer: Peer, requests: AsyncIterator[grid_pb2.BatchFromArrayTask], first: _Events
+    ) -> None:
+        self._take(peer, first)
+        async for batch in requests:
             self._machine.heard(peer.number, time.monotonic())
+            self._take(peer, batch.events)
+            if peer.goodbye:
+                return
+
+    def _take(self, peer: Peer, events: _Events) -> None:
+        """Do what an array task says, and what is to be done then."""
+        for event in events:
             if event.HasField("chunk"):
                 peer.take_chunk(event.chunk, max(self._options.inline_bytes, link.CHUNK))
             elif event.HasField("result"):
@@ -333,18 +344,30 @@ class LinkServer:
             elif event.HasField("slots"):
                 peer.slots = event.slots.slots
                 self._machine.resize(peer.number, peer.slots)
-                self._act()
             elif event.HasField("hand_back"):
                 back = event.hand_back
                 logger.warning("array task %d: %s", peer.hello.array_task, back.reason)
                 self._machine.hand_back(peer.number, back.message_id, back.reason)
-                self._act()
             elif event.HasField("goodbye"):
                 peer.goodbye = event.goodbye.reason
-                return
+        if not all(event.HasField("chunk") for event in events):
+            self._act()
 
     async def _write(self, peer: Peer, context: _Context) -> None:
-        while (event := await peer.outgoing.get()) is not None:
+        while True:
+            waiting = await peer.gather()
+            for batch in link.batches(grid_pb2.BatchToArrayTask, self._events_to(peer, waiting)):
+                await context.write(batch)
+            if waiting[-1] is None:
+                return
+
+    def _events_to(
+        self, peer: Peer, waiting: Iterable[ToArrayTask | None]
+    ) -> Iterator[ToArrayTask]:
+        """Yield what is to be written to a peer, and before it the blobs that it has not yet."""
+        for event in waiting:
+            if event is None:
+                return
             if event.HasField("work"):
                 if event.work.message_id not in self._requests:
                     continue  # answered or withdrawn while the peer was slow
@@ -352,9 +375,9 @@ class LinkServer:
                     if blob.in_file or blob.digest in peer.sent:
                         continue
                     for chunk in link.chunks(blob.digest, self._store.parts(blob.digest)):
-                        await context.write(ToArrayTask(chunk=chunk))
+                        yield ToArrayTask(chunk=chunk)
                     peer.sent.add(blob.digest)
-            await context.write(event)
+            yield event
 
     def _take_result(self, peer: Peer, result: grid_pb2.Result) -> None:
         peer.outgoing.put_nowait(
@@ -376,7 +399,6 @@ class LinkServer:
                     host=peer.hello.host,
                 )
             )
-        self._act()
 
     def _respond(self, response: Response) -> None:
         self._forget(response.message_id)

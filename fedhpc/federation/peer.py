@@ -45,6 +45,13 @@ class Peer:
     _arriving: dict[str, bytearray] = field(default_factory=dict)
     _arrived: dict[str, memoryview] = field(default_factory=dict)
 
+    async def gather(self) -> list[grid_pb2.ToArrayTask | None]:
+        """Wait for something to write; return all that there is."""
+        found = [await self.outgoing.get()]
+        while not self.outgoing.empty():
+            found.append(self.outgoing.get_nowait())
+        return found
+
     def take_chunk(self, chunk: grid_pb2.Chunk, limit: int) -> None:
         """Take a part of a result's blob of at most ``limit`` bytes."""
         # A result's blobs come before it, and at most the slots' results are under way.
