@@ -1,11 +1,13 @@
 """The blobs that the server's open messages refer to, in memory or as files."""
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from fedhpc.federation import grid_pb2
 from fedhpc.federation.payload import Blob, BytesLike
-from fedhpc.files import remove, write_atomic
+from fedhpc.files import persist, remove, write_atomic
 from fedhpc.paths import RunPaths
 
 
@@ -33,7 +35,11 @@ class BlobStore:
         new = {blob.digest: blob for blobs in blobs_of.values() for blob in blobs}
         for digest, blob in new.items():
             if self._is_file(blob) and digest not in self._blobs:
-                write_atomic(self._paths.blob(digest), blob.parts)
+                path = self._paths.blob(digest)
+                if blob.path is None:
+                    write_atomic(path, blob.parts)
+                else:
+                    persist(partial(os.replace, blob.path, path), f"move {blob.path}")
         with self._lock:
             self._blobs.update(new)
             for message_id, blobs in blobs_of.items():
@@ -65,4 +71,4 @@ class BlobStore:
         return grid_pb2.Blob(digest=blob.digest, size=blob.size, in_file=self._is_file(blob))
 
     def _is_file(self, blob: Blob) -> bool:
-        return blob.size > self._inline_bytes
+        return blob.size > self._inline_bytes or blob.path is not None

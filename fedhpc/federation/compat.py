@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.client.mod.utils import make_ffn
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
@@ -21,7 +21,12 @@ from flwr.common.serde import (
 )
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy.strategy_utils import (
+    aggregate_arrayrecords,
+    aggregate_metricrecords,
+    validate_message_reply_consistency,
+)
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -227,3 +232,38 @@ def read_app_folder(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
 def replace_strategy_start(loop: Callable[..., Any]) -> None:
     """Make every strategy that does not override ``start`` run this loop instead of Flower's."""
     Strategy.start = loop  # type: ignore[method-assign]
+
+
+def averages_metrics(strategy: FedAvg) -> bool:
+    """Return whether a strategy's metrics of training are Flower's weighted mean."""
+    return strategy.train_metrics_aggr_fn is aggregate_metricrecords
+
+
+def check_consistency(replies: list[RecordDict], weighted_by: str) -> None:
+    """Check what FedAvg checks before it averages; the data of arrays are not read.
+
+    Raises
+    ------
+    InconsistentMessageReplies
+        Flower's, as it says it.
+    """
+    validate_message_reply_consistency(replies, weighted_by, check_arrayrecord=True)
+
+
+def weighted_mean(replies: list[RecordDict], weighted_by: str) -> RecordDict:
+    """Return the mean of replies as FedAvg makes it, with their total weight.
+
+    Parameters
+    ----------
+    replies : list of RecordDict
+        Each with one ArrayRecord and one MetricRecord.
+    weighted_by : str
+        The metric that is the weight.
+    """
+    (arrays_key,) = replies[0].array_records
+    (metrics_key,) = replies[0].metric_records
+    weights: list[Any] = [reply.metric_records[metrics_key][weighted_by] for reply in replies]
+    metrics = MetricRecord({weighted_by: sum(weights)})
+    metrics.update(aggregate_metricrecords(replies, weighted_by))
+    arrays = aggregate_arrayrecords(replies, weighted_by)
+    return RecordDict({arrays_key: arrays, metrics_key: metrics})

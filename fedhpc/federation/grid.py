@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Message, RecordDict
@@ -13,10 +14,10 @@ from flwr.serverapp import Grid
 
 from fedhpc import files
 from fedhpc.errors import PlatformError, Superseded
-from fedhpc.federation import compat, grid_pb2, message_ids, seeds, updates
+from fedhpc.federation import compat, grid_pb2, groups, message_ids, seeds, updates
 from fedhpc.federation.cohort import Answer, Cohort, Outcome, nothing
 from fedhpc.federation.journal import AcceptedJournal, Entry
-from fedhpc.federation.payload import ArrayCache, pack, unpack
+from fedhpc.federation.payload import ArrayCache, Blob, pack, unpack
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.states import ClientStates
 from fedhpc.federation.transport import Request, Response, Transport
@@ -89,6 +90,9 @@ class HpcGrid(Grid):
         self._states = states
         self._run = compat.empty_run(paths.run_id)
         self._open: dict[str, _Open] = {}
+        self._keep = False  # whether the blobs of replies will be sent on
+        self._kept = ArrayCache()
+        self._kept_files: set[Path] = set()
         self._sequences: Counter[tuple[int, int, str]] = Counter()
         self._first_sequence = 0
 
@@ -179,6 +183,7 @@ class HpcGrid(Grid):
         wanted: int | None = None,
         compare_metrics: bool = False,
         journalled: bool = False,
+        keep: bool = False,
     ) -> Outcome:
         """Send messages and return what became of them; no client's state is committed yet.
 
@@ -194,7 +199,11 @@ class HpcGrid(Grid):
             Whether replies must also have the same names of metrics as most others.
         journalled : bool
             Whether the journal says who is waited for, if the same was sent before a restart.
+        keep : bool
+            Whether the arrays of the replies will be sent on.
         """
+        self._forget_kept()
+        self._keep = keep
         requests = self._requests(messages)
         asked = [request.message_id for request in requests]
         before = self.journal.read(asked) if journalled else None
@@ -217,7 +226,30 @@ class HpcGrid(Grid):
         self._end(outcome)
         return outcome
 
+    def send_on(self, messages: Iterable[Message], timeout: float) -> Outcome:
+        """Exchange messages with arrays of the replies that the last `exchange` was to keep.
+
+        These are not read here: their files are what is sent.
+        """
+        self._keep = False
+        requests = self._requests(messages, self._kept)
+        cohort = Cohort(
+            [request.message_id for request in requests], retry=self._retry, refuse=lambda _: []
+        )
+        try:
+            self._send(requests)
+            outcome = cohort.outcome(self._wait(cohort, timeout))
+        finally:
+            self._forget_kept()
+        self._end(outcome)
+        return outcome
+
     # --- inside ---
+
+    def _forget_kept(self) -> None:
+        for path in self._kept_files:
+            files.remove(path)
+        self._kept, self._kept_files = ArrayCache(), set()
 
     def _wait(self, cohort: Cohort, timeout_s: float) -> list[str]:
         """Receive until a cohort is closed or time is over; return what came after that."""
@@ -280,8 +312,10 @@ class HpcGrid(Grid):
             del self._open[message_id]
         self.recorder.closed(late=outcome.late, cancelled=outcome.cancelled)
 
-    def _requests(self, messages: Iterable[Message]) -> list[Request]:
-        cache = ArrayCache()
+    def _requests(
+        self, messages: Iterable[Message], known: ArrayCache | None = None
+    ) -> list[Request]:
+        cache = known or ArrayCache()
         requests = [self._request(message, cache) for message in messages]
         fair_bytes = _REPLIES_IN_MEMORY_BYTES // max(len(self._open), 1)
         for request in requests:
@@ -310,7 +344,8 @@ class HpcGrid(Grid):
         message_id = message_ids.make(parts)
         # Flower shares one content between a cohort's messages, but not the metadata.
         compat.set_message_id(message, message_id)
-        packed = pack(message, self._states.get(client_id), cache)
+        is_mean = metadata.message_type == groups.MESSAGE_TYPE
+        packed = pack(message, None if is_mean else self._states.get(client_id), cache)
         packed.payload.client_id = client_id
         packed.payload.seed = seeds.derive(self.seed, *key, sequence)
         request = Request(message_id, client_id, packed)
@@ -337,6 +372,8 @@ class HpcGrid(Grid):
             else:
                 if reply.has_error():  # the app itself says so
                     failure = grid_pb2.Failure(reason=reply.error.reason, raised=True)
+                if self._keep:
+                    self._keep_blobs(response, reply)
                 has_state = response.payload.HasField("state")
                 commit = partial(self._commit, opened.client_id, state if has_state else None)
         if reply is None:
@@ -370,8 +407,21 @@ class HpcGrid(Grid):
             return response.blobs[digest]
         path = self._paths.result_blob(response.message_id, digest)
         data = response.blobs[digest] = files.map_whole(path, response.files[digest])
-        files.remove(path)  # the mapping keeps the bytes
+        if not self._keep:
+            files.remove(path)  # the mapping keeps the bytes
         return data
+
+    def _keep_blobs(self, response: Response, reply: Message) -> None:
+        assert response.payload is not None  # noqa: S101
+        for entry in response.payload.arrays:
+            data = response.blobs[entry.digest]
+            path = None
+            if entry.digest in response.files:
+                path = self._paths.result_blob(response.message_id, entry.digest)
+                self._kept_files.add(path)
+            if not entry.of_state:
+                blob = Blob(entry.digest, len(data), [data], path)
+                self._kept.know(reply.content.array_records[entry.record], blob)
 
 
 def _round_of(message: Message) -> int:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
@@ -42,11 +43,14 @@ class Blob:
         Bytes in all.
     parts : list
         The bytes.
+    path : Path or None
+        A file of the run folder that holds them already, and may be moved.
     """
 
     digest: str
     size: int
     parts: list[BytesLike] = field(repr=False, compare=False)
+    path: Path | None = field(default=None, compare=False)
 
 
 def encode_arrays(arrays: ArrayRecord) -> Blob:
@@ -150,6 +154,10 @@ class ArrayCache:
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[ArrayRecord, Blob]] = {}
+
+    def know(self, arrays: ArrayRecord, blob: Blob) -> None:
+        """Note the blob that a record was made from."""
+        self._entries[id(arrays)] = (arrays, blob)
 
     def encode(self, arrays: ArrayRecord) -> Blob:
         """Return the blob of a record that nobody changes during the cache's life."""

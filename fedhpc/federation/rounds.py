@@ -17,7 +17,7 @@ from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from fedhpc.config import Config
 from fedhpc.errors import CheckpointError, RunError
-from fedhpc.federation import plain, seeds
+from fedhpc.federation import groups, plain, seeds
 from fedhpc.federation.checkpoint import Checkpoint, CheckpointStore
 from fedhpc.federation.cohort import too_few
 from fedhpc.federation.grid import HpcGrid
@@ -81,6 +81,8 @@ class Rounds:
 
         Raises
         ------
+        ConfigError
+            If the strategy cannot be aggregated as the config says.
         RunError
             If too few clients of a round's cohort could train, and the config says stop.
         CheckpointError
@@ -155,6 +157,9 @@ class _Rounds:
         federation = config.federation
         # More are asked only then, and only by the built-in app.
         self._wanted = federation.clients_per_round if federation.over_select > 1 else None
+        self._in_groups = federation.aggregation == "hierarchical"
+        if self._in_groups:
+            groups.check(strategy)
         self._told: set[str] = set()
 
     def run_all(self, save: Callable[["_Rounds", dict[str, Any]], None]) -> None:
@@ -263,6 +268,7 @@ class _Rounds:
                 wanted=self._wanted,
                 compare_metrics=self._averages,
                 journalled=True,
+                keep=self._in_groups,
             )
         line |= outcome.figures()
         problem = too_few(outcome, self._failures, server_round, self.recorder.last_failure)
@@ -275,7 +281,12 @@ class _Rounds:
             outcome.commit()
             self._seed(server_round, "aggregate_train")
             with seconds.measure("aggregate"):
-                new_arrays, train_metrics = strategy.aggregate_train(server_round, outcome.replies)
+                replies = outcome.replies
+                if self._in_groups:
+                    replies = groups.aggregate(
+                        grid, strategy, outcome, server_round, self.timeout_s
+                    )
+                new_arrays, train_metrics = strategy.aggregate_train(server_round, replies)
             if new_arrays is not None:
                 self.arrays = self.result.arrays = new_arrays
             if train_metrics is not None:
