@@ -1,9 +1,11 @@
 # make PYTHON=/path/to/python3.12   uses another interpreter for .venv
+# make WORKERS=4 test              runs four tests at a time; each is several processes
 # make DEVCLUSTER=--accounting test-slurm   has slurmdbd and MariaDB too
 # make N=5 SEED=1 chaos             does 5 runs of that seed; CHAOS_ARGS="--each" does every kind once
 # make VENV=/path/to/venv           uses (or makes) an environment elsewhere, e.g. off a small home
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= 2
 BIN := $(VENV)/bin
 
 .PHONY: help demo test test-slurm test-gpu chaos check proto clean
@@ -14,8 +16,8 @@ help:  ## Show this list
 demo: $(VENV)/.installed  ## Run a small federation on this machine
 	$(BIN)/python -m fedhpc.submit configs/digits.yaml --executor local --follow
 
-test: $(VENV)/.installed-test  ## Run the tests; no root, Slurm or GPU needed
-	$(BIN)/python -m pytest --ignore=tests/slurm $(PYTEST_ARGS)
+test: $(VENV)/.installed-test  ## Run the tests; two at a time; no root, Slurm or GPU needed
+	$(BIN)/python -m pytest --ignore=tests/slurm --ignore=tests/gpu -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slurm: $(VENV)/.installed-test  ## Run the tests on a real Slurm, made on this machine; needs root
 	trap '$(BIN)/python tests/devcluster/devcluster.py down' EXIT; \

@@ -108,7 +108,7 @@ class ArrayTask:
         cpus = max(1, self._environment.cpus // here)
         spare = len(slots) * isolation.threads_per_fit < cpus
         standby = spare if isolation.standby == "auto" else isolation.standby
-        options = self._pool_options(standby=standby)
+        options = self._pool_options(standby=standby, rehearse=not gpus)
         with (
             ChildPool(options, nvml) as pool,
             Sampler(
@@ -248,7 +248,7 @@ class ArrayTask:
             fits.use(None)
             link.close()
 
-    def _pool_options(self, *, standby: bool) -> PoolOptions:
+    def _pool_options(self, *, standby: bool, rehearse: bool) -> PoolOptions:
         isolation = self._config.isolation
         builtin = self._config.app.is_builtin
         preload = [*DEFAULT_PRELOAD, "flwr.clientapp", FIT, *isolation.preload]
@@ -262,10 +262,12 @@ class ArrayTask:
             threads_per_fit=isolation.threads_per_fit,
             standby=standby,
             preload=preload,
+            learn_preload=isolation.learn_preload,
             prepare=f"{FIT}:prepare",
             prepare_arg=str(self._paths.root),
             # Another app's import may touch CUDA: then each child does it for itself.
             prepare_early=builtin and not self._config.app.mods,
+            rehearse=f"{FIT}:rehearse" if builtin and rehearse else None,
             host_memory_bytes=(
                 None if isolation.host_memory_gb is None else int(1e9 * isolation.host_memory_gb)
             ),

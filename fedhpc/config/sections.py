@@ -234,6 +234,11 @@ class Isolation(Section):
         default_factory=list,
         description="further modules to import once in the fork server; they must not touch CUDA",
     )
+    learn_preload: StrictBool = Field(
+        True,
+        description="import there, too, what the first fits import late of installed packages, if"
+        " that neither touches CUDA nor starts threads",
+    )
 
 
 class Checkpoints(Section):

@@ -50,6 +50,13 @@ def prepare(run_dir: str) -> None:
     _prepared = prepared
 
 
+def rehearse(run_dir: str) -> None:
+    """Train one batch with the built-in app, for what torch sets up at the first use of all."""
+    from fedhpc.federation import client_app
+
+    client_app.rehearse(run_dir)
+
+
 def run(work: memoryview, *blobs: memoryview) -> list[Sequence[BytesLike]]:
     """Answer a message: the entry that children are called with.
 

@@ -36,10 +36,17 @@ class PoolOptions:
         Prepare the next child while its predecessor works.
     preload : sequence of str
         Modules to import in the fork server; they must neither touch CUDA nor start threads.
+    learn_preload : bool
+        Import there, too, what the first children import late, if it is of installed packages and
+        neither touches CUDA nor starts threads (`preloading`).
     prepare : str, optional
         "module:function", called with ``prepare_arg`` in each child before its first call.
     prepare_early : bool
         Call it once in the fork server instead. It must neither touch CUDA nor start threads.
+    rehearse : str, optional
+        "module:function", called with ``prepare_arg`` in the fork server after ``prepare``, so that
+        children inherit what a first fit sets up. For pools without GPUs, which it must not see;
+        it must not start threads.
     huge_pages : bool
         Spend most of a second at the start of the fork server to make every fork cheaper.
     host_memory_bytes : int, optional
@@ -52,9 +59,11 @@ class PoolOptions:
     threads_per_fit: int = 1
     standby: bool = True
     preload: Sequence[str] = DEFAULT_PRELOAD
+    learn_preload: bool = False
     prepare: str | None = None
     prepare_arg: str = ""
     prepare_early: bool = False
+    rehearse: str | None = None
     huge_pages: bool = True
     host_memory_bytes: int | None = None
 
@@ -65,6 +74,7 @@ class PoolOptions:
             "prepare_arg": self.prepare_arg,
             "fits": self.fits_per_process,
             "threads": self.threads_per_fit,
+            "learn": self.learn_preload and self.start_method == "forkserver",
             "refuse": "",
         }
 
@@ -76,6 +86,7 @@ class PoolOptions:
             "spawn": spawn,
             "huge_pages": self.huge_pages and not spawn,
             "prepare_early": self.prepare_early and not spawn,
+            "rehearse": None if spawn else self.rehearse,
             "child": self.for_child(),
         }
 
@@ -87,6 +98,8 @@ class PoolOptions:
         mig = os.environ.get("CUDA_VISIBLE_DEVICES", "").startswith("MIG-")
         return {
             **({"CUDA_VISIBLE_DEVICES": "0"} if mig else {}),
+            # Else torch's first backward pass would ask CUDA for GPUs and start a thread for each.
+            **({"CUDA_VISIBLE_DEVICES": ""} if self.rehearse else {}),
             "OMP_NUM_THREADS": threads,
             "MKL_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": threads,

@@ -2,7 +2,6 @@
 
 import contextlib
 import importlib
-import itertools
 import json
 import os
 import resource
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedhpc.errors import PlatformError
-from fedhpc.isolation import admission, channel, cuda, host_memory
+from fedhpc.isolation import admission, channel, cuda, host_memory, preloading
 from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT
 from fedhpc.isolation.locks import SlotGroup
 from fedhpc.isolation.nvml import Reading
@@ -61,8 +60,8 @@ class Child:
     options : dict
         ``prepare``: "module:function" to call before the first call, or None; ``prepare_arg``: its
         argument; ``prepare_now``: whether before there is a slot; ``fits``: calls to answer;
-        ``threads``: of torch; ``env``: environment of the slot; ``refuse``: what to answer to every
-        call, or "".
+        ``threads``: of torch; ``learn``: whether to tell what could be preloaded; ``env``:
+        environment of the slot; ``refuse``: what to answer to every call, or "".
     """
 
     def __init__(self, sock: socket.socket, options: dict[str, Any]) -> None:
@@ -89,7 +88,10 @@ class Child:
         while (received := self._next_call()) is not None:
             self._done += 1
             reply, reply_fds = self._answer(*received)
-            reply["late_imports"] = _imported_since(modules_at_start)
+            late = preloading.imported_since(modules_at_start)
+            reply["late_imports"] = late[:_MAX_LATE_IMPORTS]
+            if late and self._options["learn"] and "error" not in reply:
+                reply["learnable"] = preloading.learnable(late)
             if self._slot is not None and not self._slot.lock.is_in_place():
                 reply["lost_lock"] = str(self._slot.lock.path)
             reply["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -251,16 +253,6 @@ class Child:
             processes = {int(pid): used for pid, used in reading["processes"].items()}
             terms["reading"] = Reading(reading["total_bytes"], reading["free_bytes"], processes)
         return admission.Terms(**terms)
-
-
-def _imported_since(count: int) -> list[str]:
-    """Return the modules imported after the first ``count``, in their order.
-
-    The names before them are not even looked at: counting a reference to each would copy a page
-    of the fork server's memory for nearly every one.
-    """
-    late = list(itertools.islice(reversed(sys.modules), max(0, len(sys.modules) - count)))
-    return late[::-1][:_MAX_LATE_IMPORTS]
 
 
 def prepare(options: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from fedhpc.isolation.slots import Slot
 logger = logging.getLogger(__name__)
 
 _START_TRIES = 5
+_MAX_LESSONS = 4  # each holds up the forks for as long as the imports take, twice
 
 
 @dataclass(eq=False)
@@ -90,6 +91,8 @@ class Children:
         self._generation = 0
         self._closed = False
         self._cuda_before_slot = False
+        self._learned: list[str] = []
+        self._lessons = 0
         self._launcher: Launcher | None = None
 
     def start(self) -> None:
@@ -173,6 +176,15 @@ class Children:
                 child.kept = True
                 self._kept[slot.index] = child
 
+    def learn(self, modules: list[str]) -> None:
+        """Let the fork server import what a child had to import for itself."""
+        with self._lock:
+            new = [name for name in modules if name not in self._learned]
+            if new and self._lessons < _MAX_LESSONS and self._launcher is not None:
+                self._lessons += 1
+                self._learned += new
+                self._launcher.preload(new)
+
     def cancel(self, tag: str) -> None:
         """Kill the children of calls with this tag; the calls raise `FitCancelled`."""
         with self._lock:
@@ -235,10 +247,18 @@ class Children:
                 self._note,
                 lambda: self._note_end(generation),
             )
+            if self._learned:
+                self._launcher.preload(self._learned)
         return self._launcher
 
     def _note(self, message: dict[str, Any]) -> None:
-        """Note that a child has started or ended."""
+        """Note that a child has started or ended, or what the fork server has learned."""
+        if message["event"] == "preloaded":
+            logger.info(
+                "the fork server has imported %d modules that each fit had imported late (%.1f s)",
+                message["modules"], message["seconds"],
+            )  # fmt: skip
+            return
         with self._lock:
             child = self._live.get(message["number"])
             if child is None:

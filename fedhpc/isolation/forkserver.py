@@ -20,14 +20,18 @@ import selectors
 import signal
 import socket
 import sys
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedhpc.isolation import channel, child, cuda
+from fedhpc.isolation import channel, child, cuda, preloading
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MADV_COLLAPSE = 25
 _HUGE_PAGE = 2 * 1024 * 1024
+_LESSON_TIMEOUT_S = 60.0
+_WORTH_S = 0.03  # of imports in every child: less is not worth the time to learn it
 
 
 def main() -> None:
@@ -49,8 +53,8 @@ class ForkServer:
     options : dict
         ``preload`` (modules), ``spawn`` (exec a new interpreter instead of a bare fork),
         ``huge_pages`` (see `_merge_pages`),
-        ``prepare_early`` (call the children's ``prepare`` here, once) and ``child`` (passed on to
-        each child).
+        ``prepare_early`` (call the children's ``prepare`` here, once), ``rehearse`` (what else to
+        call here, or None) and ``child`` (passed on to each child).
     """
 
     def __init__(self, control: socket.socket, options: dict[str, Any]) -> None:
@@ -69,12 +73,8 @@ class ForkServer:
         # Slurm sends it to all processes of a job; what it means is the array task's to say, and
         # children go on until then.
         signal.signal(signal.SIGUSR2, signal.SIG_IGN)
-        # An import may take long: look now and then whether anybody waits for it.
-        signal.signal(signal.SIGALRM, lambda *_: os._exit(1) if self._abandoned() else None)
-        signal.setitimer(signal.ITIMER_REAL, 1, 1)
-        self._preload()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        with self._leaving_if_abandoned():
+            self._preload()
         wake_read, wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         signal.set_wakeup_fd(wake_write)
         signal.signal(signal.SIGCHLD, lambda *_: None)
@@ -96,6 +96,15 @@ class ForkServer:
         finally:
             self._kill_everything()
 
+    @contextlib.contextmanager
+    def _leaving_if_abandoned(self) -> Iterator[None]:
+        """Look now and then whether anybody still waits: an import may take long."""
+        signal.signal(signal.SIGALRM, lambda *_: os._exit(1) if self._abandoned() else None)
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
+        yield
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
     def _preload(self) -> None:
         for name in self._options["preload"]:
             # A module that cannot be imported fails in the child too, with the right traceback.
@@ -112,13 +121,53 @@ class ForkServer:
                 child.prepare(self._options["child"])
                 self._options["child"]["prepare"] = None
             self._check_for_cuda(what)
+        if self._options["rehearse"]:
+            with contextlib.suppress(Exception, SystemExit):  # the first fit tells
+                child.resolve(self._options["rehearse"])(self._options["child"]["prepare_arg"])
         if torch is not None:
             torch.set_num_threads(self._options["child"]["threads"])
+        self._settle()
+
+    def _settle(self) -> None:
+        """Make what is in memory now cheap to share."""
         # Children must not write to pages of objects they only share with this process.
         gc.collect()
         gc.freeze()
         if self._options["huge_pages"]:
             self._merge_pages()
+
+    def _learn(self, names: list[str]) -> None:
+        """Import more modules, if it is worth it and another process found that they may be."""
+        names = [name for name in names if name not in sys.modules]
+        read, write = os.pipe2(os.O_CLOEXEC)
+        pid = os.fork()
+        if not pid:
+            try:
+                self._become_child()
+                preloading.try_out(names, write)
+            finally:
+                os._exit(0)
+        os.close(write)
+        text, end_s = b"", time.monotonic() + _LESSON_TIMEOUT_S
+        while select.select([read], [], [], max(0.0, end_s - time.monotonic()))[0]:
+            part = os.read(read, 65536)
+            if not part:
+                break
+            text += part
+        os.close(read)
+        _kill_group(pid)
+        os.waitpid(pid, 0)
+        good, seconds = preloading.results(text)
+        if seconds < _WORTH_S:
+            return
+        for name in good:
+            with contextlib.suppress(Exception, SystemExit):
+                importlib.import_module(name)
+        self._check_for_cuda("importing what fits import late")
+        self._settle()
+        channel.send(
+            self._control, {"event": "preloaded", "modules": len(good), "seconds": seconds}
+        )
 
     def _check_for_cuda(self, what: str) -> None:
         """Let no child start its work if CUDA is in use here: it cannot be used after a fork."""
@@ -128,7 +177,8 @@ class ForkServer:
         if self._has_context or cuda.driver_in_use():
             self._refusal = (
                 f"{what} used CUDA in the fork server, so no child can use it any more"
-                "\n  Hint: leave it out of isolation.preload, or set isolation.start_method: spawn"
+                "\n  Hint: leave it out of isolation.preload, or set isolation.learn_preload: false"
+                " or isolation.start_method: spawn"
             )
 
     def _merge_pages(self) -> None:
@@ -174,6 +224,9 @@ class ForkServer:
                     self._control, {"event": "exited", "number": message["number"], "code": 1}
                 )
             channel.close_all(fds)
+        elif message["request"] == "preload":
+            with self._leaving_if_abandoned():
+                self._learn(message["modules"])
         elif message["request"] == "kill":
             for pid, number in self._live.items():
                 if number == message["number"]:

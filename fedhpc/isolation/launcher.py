@@ -75,6 +75,11 @@ class Launcher:
         request = {"request": "start", "number": number, "child": options}
         channel.send(self._control, request, [sock.fileno()])
 
+    def preload(self, modules: list[str]) -> None:
+        """Ask the fork server to import more modules, those that it may."""
+        with contextlib.suppress(OSError):
+            channel.send(self._control, {"request": "preload", "modules": modules})
+
     def kill_child(self, number: int) -> None:
         """Ask for a child's end, if it still lives."""
         with contextlib.suppress(OSError):

@@ -179,6 +179,8 @@ class ChildPool:
             raise self._death(child, oom_kills)
         reply, fds, admitted = received
         self._children.answered(child, call.slot, keep=not reply["last"])
+        if "learnable" in reply:
+            self._children.learn(reply["learnable"])
         if lost := reply.get("lost_lock"):
             logger.warning(
                 "isolation.lock_dir: %s was removed while a fit held it, so more fits than allowed"

@@ -7,6 +7,7 @@ import collections
 import ctypes
 import functools
 import gc
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -601,3 +602,15 @@ def own_a_pool(stage: str, options: str, marker: str) -> None:
 
 if __name__ == "__main__":
     own_a_pool(*sys.argv[1:])
+
+
+@entry
+def import_all(*names: str) -> None:
+    for name in names:
+        importlib.import_module(name)
+
+
+@entry
+def import_with(variable: str, name: str) -> None:
+    os.environ[variable] = "1"
+    importlib.import_module(name)

@@ -47,7 +47,7 @@ def builtin_options(tmp_path: Path) -> PoolOptions:
     document.write_text((HERE.parents[1] / "configs/digits.yaml").read_text())
     task._config = config.load(document)
     task._paths = type("Paths", (), {"root": tmp_path})()  # type: ignore[assignment]
-    return task._pool_options(standby=True)
+    return task._pool_options(standby=True, rehearse=False)
 
 
 @pytest.fixture(scope="module")

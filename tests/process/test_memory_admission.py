@@ -295,7 +295,7 @@ def test_nvml_that_never_tells_is_named_at_the_deadline(folder: Path) -> None:
         sharing(nvml) as pool,
         pytest.raises(SlotTimeout, match="for a slot: NVML cannot tell about GPU-1: Unknown Error"),
     ):
-        value_of(pool, slot, "pid", need_gb=4, slot_timeout_s=0.7)
+        value_of(pool, slot, "pid", need_gb=4, slot_timeout_s=3)
 
 
 def test_a_lost_gpu_ends_the_calls_that_wait_for_it_and_leaves_no_lock(

@@ -125,7 +125,7 @@ def test_a_run_uses_the_slots_below_its_own_limit(folder: Path, log: Path) -> No
             ChildPool(light()) as narrow,
             pytest.raises(SlotTimeout, match=r"the slot of GPU-.* held by"),
         ):
-            value_of(narrow, slots(folder, 1)[0], "pid", slot_timeout_s=0.5)
+            value_of(narrow, slots(folder, 1)[0], "pid", slot_timeout_s=3)
         marker.touch()
         for call in running:
             call.result(20)
@@ -538,7 +538,7 @@ def test_a_file_that_a_foreign_program_locks_only_delays(folder: Path, tmp_path:
         assert wait_until(marker.exists, 20)
         with ChildPool(light()) as pool:
             with pytest.raises(SlotTimeout, match=r"held by somebody"):
-                value_of(pool, slot, "pid", slot_timeout_s=0.5)
+                value_of(pool, slot, "pid", slot_timeout_s=3)
             waiting = Background(value_of, pool, slot, "pid")
             assert wait_until(lambda: SlotGroup(folder, KEY).gate().waiting() != "", 20)
             foreign.kill()

@@ -258,7 +258,7 @@ def test_an_object_that_is_made_late_is_told_apart() -> None:
         frozenset("ab"), deque([1, 2]), np.float32(0.1), np.int64(5),
         {"$": "a key of our own"},
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )  # fmt: skip
 def test_values_come_back_as_they_were(value: Any) -> None:
     (back,) = through_json({"": plain.encode(value)}).values()
@@ -275,7 +275,7 @@ def test_arrays_come_back_with_their_type_shape_and_bits(dtype: str) -> None:
     assert found.tobytes() == array.tobytes()
 
 
-@pytest.mark.parametrize("value", [object(), np.array([object()]), [1, {"a": object()}]], ids=repr)
+@pytest.mark.parametrize("value", [object(), np.array([object()]), [1, {"a": object()}]])
 def test_what_is_not_known_is_refused(value: object) -> None:
     with pytest.raises(CannotEncode):
         plain.encode(value)
