@@ -17,8 +17,9 @@ from typing import Any
 from fedhpc.federation import certificates, grid_pb2
 from fedhpc.federation.dispatch import Dispatch
 from fedhpc.federation.link import LinkClient
-from fedhpc.federation.link_server import LinkOptions, LinkServer
+from fedhpc.federation.link_server import LinkServer
 from fedhpc.federation.payload import Packed
+from fedhpc.federation.peer import LinkOptions
 from fedhpc.federation.transport import Request
 from fedhpc.paths import RunPaths
 

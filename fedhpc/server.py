@@ -29,8 +29,9 @@ from fedhpc.federation import apps, certificates, compat, dispatch, fit, plain
 from fedhpc.federation.checkpoint import CheckpointStore
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.inprocess import InProcess
-from fedhpc.federation.link_server import LinkOptions, LinkServer
+from fedhpc.federation.link_server import LinkServer
 from fedhpc.federation.payload import encode_arrays
+from fedhpc.federation.peer import LinkOptions
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.rounds import Rounds
 from fedhpc.federation.states import ClientStates

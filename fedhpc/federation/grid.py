@@ -3,22 +3,20 @@
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedhpc import files
-from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import compat, grid_pb2, groups, message_ids, seeds, updates
 from fedhpc.federation.cohort import Answer, Cohort, Outcome, nothing
 from fedhpc.federation.journal import AcceptedJournal, Entry
-from fedhpc.federation.payload import ArrayCache, Blob, pack, unpack
+from fedhpc.federation.payload import ArrayCache, pack
 from fedhpc.federation.recorder import Recorder
+from fedhpc.federation.replies import Replies
 from fedhpc.federation.states import ClientStates
 from fedhpc.federation.transport import Request, Response, Transport
 from fedhpc.paths import RunPaths
@@ -82,7 +80,6 @@ class HpcGrid(Grid):
         self.recorder = recorder
         self.seed = seed
         self._transport = transport
-        self._paths = paths
         self._num_clients = num_clients
         self._retry = retry
         self._inline_bytes = inline_bytes
@@ -90,9 +87,7 @@ class HpcGrid(Grid):
         self._states = states
         self._run = compat.empty_run(paths.run_id)
         self._open: dict[str, _Open] = {}
-        self._keep = False  # whether the blobs of replies will be sent on
-        self._kept = ArrayCache()
-        self._kept_files: set[Path] = set()
+        self._replies = Replies(paths)
         self._sequences: Counter[tuple[int, int, str]] = Counter()
         self._first_sequence = 0
 
@@ -202,8 +197,8 @@ class HpcGrid(Grid):
         keep : bool
             Whether the arrays of the replies will be sent on.
         """
-        self._forget_kept()
-        self._keep = keep
+        self._replies.forget_kept()
+        self._replies.keep = keep
         requests = self._requests(messages)
         asked = [request.message_id for request in requests]
         before = self.journal.read(asked) if journalled else None
@@ -231,8 +226,8 @@ class HpcGrid(Grid):
 
         These are not read here: their files are what is sent.
         """
-        self._keep = False
-        requests = self._requests(messages, self._kept)
+        self._replies.keep = False
+        requests = self._requests(messages, self._replies.kept)
         cohort = Cohort(
             [request.message_id for request in requests], retry=self._retry, refuse=lambda _: []
         )
@@ -240,16 +235,11 @@ class HpcGrid(Grid):
             self._send(requests)
             outcome = cohort.outcome(self._wait(cohort, timeout))
         finally:
-            self._forget_kept()
+            self._replies.forget_kept()
         self._end(outcome)
         return outcome
 
     # --- inside ---
-
-    def _forget_kept(self) -> None:
-        for path in self._kept_files:
-            files.remove(path)
-        self._kept, self._kept_files = ArrayCache(), set()
 
     def _wait(self, cohort: Cohort, timeout_s: float) -> list[str]:
         """Receive until a cohort is closed or time is over; return what came after that."""
@@ -277,8 +267,7 @@ class HpcGrid(Grid):
         late = self._transport.withdraw(unanswered)
         for response in late:
             self._note(response, tries=cohort.tries(response.message_id), late=True)
-            for entry in response.payload.arrays if response.payload else ():
-                files.remove(self._paths.result_blob(response.message_id, entry.digest))
+            self._replies.remove(response)
         return [response.message_id for response in late]
 
     def _note_refused(self, errors: list[Answer], came: dict[str, Response]) -> None:
@@ -355,40 +344,18 @@ class HpcGrid(Grid):
     def _answer(self, response: Response, tries: int = 1) -> tuple[Response, Answer]:
         """Turn a response into Flower's reply; return it with what is to be told of it."""
         opened = self._open[response.message_id]
-        failure = response.failure
-        reply: Message | None = None
-        commit: Callable[[], None] = nothing
-        if failure is None and response.payload is None:
-            failure = grid_pb2.Failure(reason="no reply")
-        elif response.payload is not None:
-            try:
-                reply, state = unpack(
-                    response.payload, lambda digest: self._open_blob(response, digest)
-                )
-            except Superseded:
-                raise
-            except (OSError, PlatformError) as error:
-                failure = grid_pb2.Failure(reason=f"its arrays could not be read: {error}")
-            else:
-                if reply.has_error():  # the app itself says so
-                    failure = grid_pb2.Failure(reason=reply.error.reason, raised=True)
-                if self._keep:
-                    self._keep_blobs(response, reply)
-                has_state = response.payload.HasField("state")
-                commit = partial(self._commit, opened.client_id, state if has_state else None)
-        if reply is None:
-            assert failure is not None  # noqa: S101
-            reply = compat.make_error_reply(opened.message, failure.reason, raised=failure.raised)
+        read = self._replies.read(response, opened.message)
+        commit = partial(self._commit, opened.client_id, read.state) if read.is_whole else nothing
         answer = Answer(
             response.message_id,
             opened.client_id,
             opened.message,
-            reply,
+            read.message,
             commit=commit,
             tries=tries,
-            final=failure is not None and failure.final,
+            final=read.failure is not None and read.failure.final,
         )
-        return replace(response, payload=None, blobs={}, failure=failure), answer
+        return replace(response, payload=None, blobs={}, failure=read.failure), answer
 
     def _commit(self, client_id: int, state: RecordDict | None) -> None:
         if state is None:
@@ -401,27 +368,6 @@ class HpcGrid(Grid):
         opened = self._open[response.message_id]
         verb = opened.message.metadata.message_type
         self.recorder.fit_ended(response, opened.server_round, opened.client_id, verb, **more)
-
-    def _open_blob(self, response: Response, digest: str) -> memoryview:
-        if digest in response.blobs:
-            return response.blobs[digest]
-        path = self._paths.result_blob(response.message_id, digest)
-        data = response.blobs[digest] = files.map_whole(path, response.files[digest])
-        if not self._keep:
-            files.remove(path)  # the mapping keeps the bytes
-        return data
-
-    def _keep_blobs(self, response: Response, reply: Message) -> None:
-        assert response.payload is not None  # noqa: S101
-        for entry in response.payload.arrays:
-            data = response.blobs[entry.digest]
-            path = None
-            if entry.digest in response.files:
-                path = self._paths.result_blob(response.message_id, entry.digest)
-                self._kept_files.add(path)
-            if not entry.of_state:
-                blob = Blob(entry.digest, len(data), [data], path)
-                self._kept.know(reply.content.array_records[entry.record], blob)
 
 
 def _round_of(message: Message) -> int:

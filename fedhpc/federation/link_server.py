@@ -7,8 +7,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 import grpc
@@ -17,7 +16,7 @@ from fedhpc import files
 from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import dispatch, grid_pb2, link
 from fedhpc.federation.blobs import BlobStore
-from fedhpc.federation.peer import Peer, clash
+from fedhpc.federation.peer import LinkOptions, Peer, clash
 from fedhpc.federation.transport import Request, Response, WorkClock
 from fedhpc.paths import RunPaths
 
@@ -29,33 +28,6 @@ _REJOIN_S = 3.0  # within it array tasks have seen the address of a new attempt
 ToArrayTask = grid_pb2.ToArrayTask
 _Events = Sequence[grid_pb2.FromArrayTask]
 _Context = Any  # grpc.aio.ServicerContext; grpc ships no types
-
-
-@dataclass
-class LinkOptions:
-    """How the server treats its links.
-
-    Attributes
-    ----------
-    run_id : str
-        Peers of another run are refused.
-    attempt : int
-        Of this server.
-    liveness_timeout_s : float
-        Silence after which an array task counts as lost.
-    inline_bytes : int
-        The largest blob that goes over a link; larger ones are files.
-    on_idle : callable
-        Called about every second with the seconds since no work could start (0 while it can) and
-        how many array tasks are connected; raises `PlatformError` when there is no point in
-        waiting longer.
-    """
-
-    run_id: str
-    attempt: int
-    liveness_timeout_s: float
-    inline_bytes: int
-    on_idle: Callable[[float, int], None]
 
 
 class LinkServer:
@@ -356,28 +328,11 @@ class LinkServer:
     async def _write(self, peer: Peer, context: _Context) -> None:
         while True:
             waiting = await peer.gather()
-            for batch in link.batches(grid_pb2.BatchToArrayTask, self._events_to(peer, waiting)):
+            events = peer.events(waiting, self._requests.__contains__, self._store.parts)
+            for batch in link.batches(grid_pb2.BatchToArrayTask, events):
                 await context.write(batch)
             if waiting[-1] is None:
                 return
-
-    def _events_to(
-        self, peer: Peer, waiting: Iterable[ToArrayTask | None]
-    ) -> Iterator[ToArrayTask]:
-        """Yield what is to be written to a peer, and before it the blobs that it has not yet."""
-        for event in waiting:
-            if event is None:
-                return
-            if event.HasField("work"):
-                if event.work.message_id not in self._requests:
-                    continue  # answered or withdrawn while the peer was slow
-                for blob in event.work.blobs:
-                    if blob.in_file or blob.digest in peer.sent:
-                        continue
-                    for chunk in link.chunks(blob.digest, self._store.parts(blob.digest)):
-                        yield ToArrayTask(chunk=chunk)
-                    peer.sent.add(blob.digest)
-            yield event
 
     def _take_result(self, peer: Peer, result: grid_pb2.Result) -> None:
         peer.outgoing.put_nowait(

@@ -1,11 +1,40 @@
-"""One connected array task, as the server's end of its link knows it."""
+"""How the server treats its links, and what it knows of each array task that is connected."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fedhpc.errors import PlatformError
 from fedhpc.federation import grid_pb2
+from fedhpc.federation.link import chunks
+from fedhpc.federation.payload import BytesLike
+
+
+@dataclass
+class LinkOptions:
+    """How the server treats its links.
+
+    Attributes
+    ----------
+    run_id : str
+        Peers of another run are refused.
+    attempt : int
+        Of this server.
+    liveness_timeout_s : float
+        Silence after which an array task counts as lost.
+    inline_bytes : int
+        The largest blob that goes over a link; larger ones are files.
+    on_idle : callable
+        Called about every second with the seconds since no work could start (0 while it can) and
+        how many array tasks are connected; raises `PlatformError` when there is no point in
+        waiting longer.
+    """
+
+    run_id: str
+    attempt: int
+    liveness_timeout_s: float
+    inline_bytes: int
+    on_idle: Callable[[float, int], None]
 
 
 @dataclass(eq=False)
@@ -51,6 +80,37 @@ class Peer:
         while not self.outgoing.empty():
             found.append(self.outgoing.get_nowait())
         return found
+
+    def events(
+        self,
+        waiting: Iterable[grid_pb2.ToArrayTask | None],
+        is_wanted: Callable[[str], bool],
+        parts: Callable[[str], Iterable[BytesLike]],
+    ) -> Iterator[grid_pb2.ToArrayTask]:
+        """Yield what is to be written, and before it the blobs that are not there yet.
+
+        Parameters
+        ----------
+        waiting : iterable
+            From `gather`.
+        is_wanted : callable
+            Returns whether a message still wants an answer.
+        parts : callable
+            Returns the bytes of the blob with this digest.
+        """
+        for event in waiting:
+            if event is None:
+                return
+            if event.HasField("work"):
+                if not is_wanted(event.work.message_id):
+                    continue  # answered or withdrawn while the peer was slow
+                for blob in event.work.blobs:
+                    if blob.in_file or blob.digest in self.sent:
+                        continue
+                    for chunk in chunks(blob.digest, parts(blob.digest)):
+                        yield grid_pb2.ToArrayTask(chunk=chunk)
+                    self.sent.add(blob.digest)
+            yield event
 
     def take_chunk(self, chunk: grid_pb2.Chunk, limit: int) -> None:
         """Take a part of a result's blob of at most ``limit`` bytes."""

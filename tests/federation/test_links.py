@@ -16,8 +16,9 @@ from fedhpc.errors import LinkRefused, PlatformError
 from fedhpc.federation import certificates, compat, grid_pb2, link
 from fedhpc.federation.dispatch import Dispatch
 from fedhpc.federation.link import LinkClient
-from fedhpc.federation.link_server import LinkOptions, LinkServer
+from fedhpc.federation.link_server import LinkServer
 from fedhpc.federation.payload import Blob, Packed
+from fedhpc.federation.peer import LinkOptions
 from fedhpc.federation.transport import Request
 from fedhpc.oversight import ClientArray
 from fedhpc.paths import RunPaths

@@ -20,7 +20,8 @@ from fedhpc.cluster import submission
 from fedhpc.federation import certificates, compat
 from fedhpc.federation.dispatch import Dispatch
 from fedhpc.federation.grid import HpcGrid
-from fedhpc.federation.link_server import LinkOptions, LinkServer
+from fedhpc.federation.link_server import LinkServer
+from fedhpc.federation.peer import LinkOptions
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.states import ClientStates
 from fedhpc.files import read_json
