@@ -1,12 +1,10 @@
 """The one place that touches what Flower keeps internal. Written against flwr 1.41."""
 
 import hashlib
-import io
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.client.mod.utils import make_ffn
 from flwr.clientapp import ClientApp
@@ -108,96 +106,11 @@ def without_data(arrays: ArrayRecord) -> ArrayRecord:
     )
 
 
-class MappedArray(Array):
-    """An array whose data lie in a blob: they are read when they are asked for, and not kept.
-
-    So a record of such arrays takes no memory, however large it is, and what a strategy or an app
-    does with it is the same as with any other: `numpy` returns an array of its own each time.
-
-    Flower's Array is a dataclass that keeps ``data`` as bytes; here ``data`` is a property.
-
-    Parameters
-    ----------
-    dtype, shape, stype
-        See Flower's Array.
-    body : memoryview
-        The data: those of a plain array in C order, or Flower's bytes as they are.
-    descr : str
-        numpy's name of a plain array's type, "" for Flower's bytes.
-    done : callable
-        Called when the data have been copied: the pages of a mapping may go.
-    """
-
-    def __init__(
-        self,
-        dtype: str,
-        shape: tuple[int, ...],
-        stype: str,
-        body: memoryview,
-        descr: str,
-        done: Callable[[], None],
-    ) -> None:
-        super().__init__(dtype, shape, stype, b"")
-        self.__dict__.update(_body=body, _descr=descr, _done=done, _own=None)
-
-    @property
-    def body(self) -> tuple[memoryview, str] | None:
-        """The data and numpy's name of their type; None if an app has put others there."""
-        return None if self.__dict__["_own"] is not None else self._source
-
-    @property
-    def size(self) -> int:
-        """Bytes of the data."""
-        body, _ = self.body or (self.data, "")
-        return len(body)
-
-    @property
-    def _source(self) -> tuple[memoryview, str]:
-        return self.__dict__["_body"], self.__dict__["_descr"]
-
-    @property
-    def data(self) -> bytes:
-        """Flower's bytes: a copy each time."""
-        own: bytes | None = self.__dict__.get("_own")
-        if own is not None:
-            return own
-        body, descr = self._source
-        content = b"".join((npy_header(descr, self.shape) if descr else b"", body))
-        self.__dict__["_done"]()
-        return content
-
-    @data.setter
-    def data(self, data: bytes) -> None:
-        self.__dict__["_own"] = data
-
-    def numpy(self) -> np.ndarray:
-        """Return a copy of the data, as numpy."""
-        body, descr = self._source
-        if self.body is None or not descr:
-            return super().numpy()
-        array = np.ndarray(self.shape, descr, body).copy()
-        self.__dict__["_done"]()
-        return array
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Array):
-            return NotImplemented
-        mine, others = ((a.dtype, a.shape, a.stype, a.data) for a in (self, other))
-        return mine == others
-
-    __hash__ = None  # type: ignore[assignment]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Array, (self.dtype, self.shape, self.stype, self.data)
-
-
-def npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
-    """Return what stands before the data of an array in C order in Flower's bytes of it."""
-    out = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        out, {"descr": descr, "fortran_order": False, "shape": shape}
-    )
-    return out.getvalue()
+def record_over(arrays: MutableMapping[str, Array]) -> ArrayRecord:
+    """Return a record that holds arrays in this mapping, in place of a dict of its own."""
+    record = ArrayRecord()
+    record.__dict__["_data"] = arrays
+    return record
 
 
 def skeleton_to_bytes(arrays: ArrayRecord) -> bytes:

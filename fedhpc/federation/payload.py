@@ -8,11 +8,11 @@ that one copies: Flower's arrays are views of the blob until Flower itself asks 
 """
 
 import hashlib
-import io
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from flwr.app import Array, ArrayRecord, Message, RecordDict
 
 from fedhpc import files
 from fedhpc.federation import compat, grid_pb2
+from fedhpc.federation.mapped import MappedArray, MappedArrays, Place, npy_header
 
 BytesLike = bytes | bytearray | memoryview
 
@@ -87,26 +88,30 @@ def map_arrays(skeleton: ArrayRecord, data: memoryview) -> ArrayRecord:
     """Return the record whose names, types and shapes are in ``skeleton`` and data in a blob.
 
     Its arrays read the blob when they are asked for their data, and keep none of them: see
-    `compat.MappedArray`.
+    `mapped`.
     """
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(bytes(data[8 : 8 + length]))
-    raw_names = json.loads(header.get(_METADATA, {}).get(_RAW, "[]"))
-    descriptions = {dtype: descr for descr, dtype in _DTYPES.items()}
-    record = ArrayRecord()
-    for name, array in skeleton.items():
-        description = header[_key(name)]
-        start, end = (8 + length + offset for offset in description["data_offsets"])
-        record[name] = compat.MappedArray(
-            array.dtype,
-            tuple(array.shape),
-            array.stype,
-            data[start:end],
-            "" if name in raw_names else descriptions[description["dtype"]],
-            partial(files.unload, data),
-        )
+    end = 8 + int.from_bytes(data[:8], "little")
+    described = tuple((name, a.dtype, tuple(a.shape), a.stype) for name, a in skeleton.items())
+    places = _places(bytes(data[8:end]), described)
     files.unload(data)
-    return record
+    return compat.record_over(MappedArrays(places, data))
+
+
+@lru_cache(maxsize=16)
+def _places(
+    header: bytes, described: tuple[tuple[str, str, tuple[int, ...], str], ...]
+) -> dict[str, Place]:
+    """Return where arrays are in a blob with this header: the same for all replies of a cohort."""
+    entries = json.loads(header)
+    raw_names = json.loads(entries.get(_METADATA, {}).get(_RAW, "[]"))
+    descriptions = {dtype: descr for descr, dtype in _DTYPES.items()}
+    places = {}
+    for name, dtype, shape, stype in described:
+        entry = entries[_key(name)]
+        descr = "" if name in raw_names else descriptions[entry["dtype"]]
+        start, end = (8 + len(header) + offset for offset in entry["data_offsets"])
+        places[name] = Place(dtype, shape, stype, descr, start, end)
+    return places
 
 
 def decode_arrays(skeleton: ArrayRecord, data: memoryview) -> ArrayRecord:
@@ -126,24 +131,21 @@ def _key(name: str) -> str:
 
 def _bare_data(array: Array) -> tuple[str, memoryview]:
     """Return safetensors' dtype and the bare data of an array; "" and all bytes if not plain."""
-    if isinstance(array, compat.MappedArray) and array.body is not None:
+    if isinstance(array, MappedArray) and array.body is not None:
         body, descr = array.body
         return _DTYPES.get(descr, ""), body
-    raw = "", memoryview(array.data)
-    if array.stype != "numpy.ndarray":
-        return raw
-    head = io.BytesIO(array.data[:256])
+    data = memoryview(array.data)
     try:
-        if np.lib.format.read_magic(head) != (1, 0):
-            return raw
-        shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(head)
-    except ValueError:
-        return raw
-    name = _DTYPES.get(dtype.str)
-    data = memoryview(array.data)[head.tell() :]
-    if name is None or (fortran_order and len(shape) > 1) or shape != tuple(array.shape):
-        return raw
-    return (name, data) if len(data) == dtype.itemsize * int(np.prod(shape)) else raw
+        descr = np.dtype(array.dtype).str
+    except TypeError:
+        return "", data
+    if array.stype != "numpy.ndarray" or descr not in _DTYPES:
+        return "", data
+    # numpy's own parser of the header is not for two threads at a time (in Python 3.11).
+    header = npy_header(descr, tuple(array.shape))
+    size = len(header) + np.dtype(descr).itemsize * math.prod(array.shape)
+    is_plain = len(data) == size and data[: len(header)] == header
+    return (_DTYPES[descr], data[len(header) :]) if is_plain else ("", data)
 
 
 class ArrayCache:

@@ -7,6 +7,7 @@ from typing import Any
 from flwr.app import ArrayRecord, RecordDict
 
 from fedhpc.federation import compat
+from fedhpc.federation.mapped import MappedArray
 from fedhpc.federation.payload import encode_arrays, loaded, map_arrays
 from fedhpc.files import map_whole, remove, write_atomic
 from fedhpc.paths import RunPaths
@@ -157,5 +158,5 @@ def _in_memory(state: RecordDict) -> RecordDict:
 def _size_of(state: RecordDict) -> int:
     arrays = [array for record in state.array_records.values() for array in record.values()]
     return sum(
-        array.size if isinstance(array, compat.MappedArray) else len(array.data) for array in arrays
+        array.size if isinstance(array, MappedArray) else len(array.data) for array in arrays
     )

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import io
 import pickle
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -226,11 +227,41 @@ def test_a_mapped_array_takes_other_data() -> None:
     assert encode_arrays(found) == encode_arrays(record(a=np.ones(4)))
 
 
-def test_copies_of_a_mapped_array_need_no_blob() -> None:
-    array = mapped(record(a=np.arange(4.0)))["a"]
-    for made in (copy.deepcopy(array), pickle.loads(pickle.dumps(array))):
-        assert type(made) is Array
-        assert made == array
+def test_a_mapped_record_is_a_record_like_any_other() -> None:
+    expected = record(a=np.arange(3), b=np.ones(2), c=np.zeros(1))
+    found = mapped(expected)
+    before = found.copy()
+    for arrays in (found, expected):
+        assert arrays.pop("b").numpy().tolist() == [1, 1]
+        arrays["d"] = Array(np.array([5.0]))
+        arrays["a"] = Array(np.array([6]))
+    assert list(found) == list(expected) == ["a", "c", "d"]
+    assert len(found) == 3
+    assert "b" not in found
+    assert found == expected
+    with pytest.raises(KeyError):
+        found["b"]
+    assert list(before) == ["a", "b", "c"]
+    assert before["a"].numpy().tolist() == [0, 1, 2]
+
+
+def test_copies_of_mapped_arrays_need_no_blob() -> None:
+    arrays = mapped(record(a=np.arange(4.0)))
+    for made in (copy.deepcopy(arrays), pickle.loads(pickle.dumps(arrays))):
+        assert type(made["a"]) is Array
+        assert made == arrays
+
+
+def test_a_record_in_a_blob_takes_little_memory_however_many_arrays_it_has() -> None:
+    arrays = record(**{f"layer.{i}.weight": np.zeros(i) for i in range(200)})
+    skeleton, blob = compat.without_data(arrays), memoryview(content_of(encode_arrays(arrays)))
+    map_arrays(skeleton, blob)  # what all of them share
+    tracemalloc.start()
+    replies = [map_arrays(skeleton, blob) for _ in range(100)]
+    assert all(len(list(reply.values())) == 200 for reply in replies)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used / len(replies) < 4096
 
 
 def test_replies_in_files_take_no_memory_before_they_are_read_nor_afterwards(
