@@ -9,6 +9,7 @@ import hashlib
 import multiprocessing
 import random
 import time
+from collections.abc import Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -27,6 +28,7 @@ def work(run_dir: str, pipe: Connection) -> None:
     experiment = Experiment(Path(run_dir))
     settings = experiment.config.training
     hyper = settings.optimizer.params
+    momentum = hyper.get("momentum", 0.0)
     model = experiment.new_model()
     weights = list(model.parameters())
     dataset = experiment.dataset
@@ -42,22 +44,24 @@ def work(run_dir: str, pipe: Connection) -> None:
         with torch.no_grad():
             for weight, array in zip(weights, arrays, strict=True):
                 weight.copy_(torch.from_numpy(array))
-        momenta: list[torch.Tensor] = []
+        momenta: Sequence[torch.Tensor] = []
         for _ in range(settings.epochs):
             for rows in torch.split(torch.randperm(len(labels)), settings.batch_size):
                 loss = cross_entropy(model(images[rows]), labels[rows])
                 gradients = torch.autograd.grad(loss, weights)
                 with torch.no_grad():
-                    if not momenta:
+                    if not momentum:
+                        momenta = gradients
+                    elif not momenta:
                         momenta = [gradient.clone() for gradient in gradients]
                     else:
-                        torch._foreach_mul_(momenta, hyper["momentum"])
+                        torch._foreach_mul_(momenta, momentum)
                         torch._foreach_add_(momenta, gradients)
                     torch._foreach_add_(weights, momenta, alpha=-hyper["lr"])
         pipe.send(([weight.detach().numpy() for weight in weights], len(labels)))
 
 
-def run(run_dir: Path, rounds: int, workers: int) -> tuple[list[float], str]:
+def run(run_dir: Path, rounds: int, workers: int = 2) -> tuple[list[float], str]:
     """Run the federation of a run folder; return the seconds of each round and the checksum."""
     from flwr.app import Array, ArrayRecord
 

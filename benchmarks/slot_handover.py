@@ -34,6 +34,7 @@ MODES = {
     "standby child": PoolOptions(standby=True),
     "cold fork": PoolOptions(standby=False),
     "fits_per_process 0": PoolOptions(standby=False, fits_per_process=0),
+    "fits_per_process auto": PoolOptions(standby=False, fits_per_process="auto"),
     "spawn": PoolOptions(standby=False, start_method="spawn"),
 }
 STAMP = struct.Struct("d")
@@ -185,7 +186,7 @@ def main() -> None:
             found = measure(pool_options, count, options.train_s, contended=contended)
             medians[mode, contended] = statistics.median(found)
             print(
-                f"  {mode:<20} {'contended' if contended else 'alone':<10}"
+                f"  {mode:<21} {'contended' if contended else 'alone':<10}"
                 f" median {statistics.median(found):8.2f}  max {max(found):8.2f}"
                 f"  of {len(found)}",
                 flush=True,
@@ -195,13 +196,13 @@ def main() -> None:
         for (mode, contended), median_ms in medians.items():
             if mode != "spawn":
                 ratio = medians["spawn", False] / median_ms
-                print(f"  {mode:<20} {'contended' if contended else 'alone':<10} {ratio:8.0f}")
+                print(f"  {mode:<21} {'contended' if contended else 'alone':<10} {ratio:8.0f}")
     print("a call of an empty function, without and with slot locks, medians in ms:")
     for mode, pool_options in modes.items():
         if mode != "spawn":
             bare_ms, locked_ms, wait_ms = cost_of_locks(pool_options, options.handovers)
             print(
-                f"  {mode:<20} {bare_ms:6.2f} without, {locked_ms:6.2f} with, ratio"
+                f"  {mode:<21} {bare_ms:6.2f} without, {locked_ms:6.2f} with, ratio"
                 f" {locked_ms / bare_ms:5.2f}; of these to get the slot {wait_ms:5.3f}",
                 flush=True,
             )

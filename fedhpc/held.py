@@ -149,6 +149,7 @@ def fit_of(reply: Reply, slot: Slot, queued_s: float) -> grid_pb2.Fit:
         gpu_before_mb=mb(reply.gpu_before_bytes),
         gpu_peak_mb=mb(reply.gpu_peak_bytes),
         out_of_memory=reply.out_of_memory,
+        replaced=reply.replaced,
     )
 
 

@@ -2,13 +2,33 @@
 
 import fcntl
 import ipaddress
+import logging
+import resource
 import socket
 import struct
 
 from fedhpc.config import Cluster
 from fedhpc.errors import PlatformError
 
+logger = logging.getLogger(__name__)
+
 _SIOCGIFADDR = 0x8915
+_OTHER_FILES = 256  # that a process may have open besides
+
+
+def allow_connections(count: int) -> None:
+    """Let this process have so many connections at a time: most systems say 1,024 open files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    allowed = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < wanted:
+        logger.warning(
+            "%d array tasks may connect, and only %d files may be open here (ulimit -Hn)",
+            count, allowed,
+        )  # fmt: skip
 
 
 def server_address(cluster: Cluster) -> str:

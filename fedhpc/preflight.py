@@ -102,8 +102,7 @@ def _check_builtin(resolved: config.Config, paths: RunPaths, findings: Findings)
     federation, spec = resolved.federation, resolved.data
     with findings.collect():
         strategy = strategies.build(resolved.strategy, federation)
-        if federation.aggregation == "hierarchical":
-            groups.check(strategy)
+        groups.are_wanted(federation, strategy)
     with findings.collect():
         optimizer = resolved.training.optimizer
         training.make_optimizer([_parameter()], optimizer.name, optimizer.params)

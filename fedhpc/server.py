@@ -165,6 +165,7 @@ class Server:
             on_idle=self._clients.check,
         )
         links = LinkServer(machine, options, paths, certificates.server_credentials(paths.secrets))
+        network.allow_connections(cluster.array_tasks)
         host = network.server_address(cluster)
         port = links.start(host)
         publisher = rendezvous.Publisher(

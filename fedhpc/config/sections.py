@@ -94,6 +94,12 @@ class Federation(Section):
         1,
         description="evaluate the global model on the server every n-th round, and after the last",
     )
+    overlap_evaluation: Literal["auto"] | StrictBool = Field(
+        "auto",
+        description="evaluate the global model on the server while the next round trains; auto: of"
+        " the built-in app; true: of yours too, whose evaluate_fn must then not change what the"
+        " next round is made of",
+    )
     clients_per_evaluation: Count = Field(
         0, description="clients that evaluate the global model on their own data in each round"
     )
@@ -213,8 +219,10 @@ class Isolation(Section):
     threads_per_fit: Positive = Field(
         1, description="threads of one fit; part of what makes a result reproducible"
     )
-    fits_per_process: Count = Field(
-        1, description="fits before a child process is replaced; 1: always fresh; 0: never replaced"
+    fits_per_process: Literal["auto"] | Count = Field(
+        1,
+        description="fits before a child process is replaced; 1: always fresh; 0: never replaced;"
+        " auto: as soon as a fit left it other than it was (memory, threads, files, flags, ...)",
     )
     start_method: Literal["forkserver", "spawn"] = Field(
         "forkserver", description="how child processes start; spawn is about 100 times slower"

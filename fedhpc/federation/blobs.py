@@ -61,6 +61,11 @@ class BlobStore:
             for digest in self._digests_of.pop(message_id, ()):
                 self._users[digest].discard(message_id)
 
+    def remove_all(self) -> None:
+        """Remove every file, those of results that came late or twice too."""
+        for path in list(self._paths.blobs.iterdir()):
+            remove(path)
+
     def parts(self, digest: str) -> list[BytesLike]:
         """Return the bytes of a blob."""
         with self._lock:

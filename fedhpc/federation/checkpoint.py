@@ -154,6 +154,18 @@ class CheckpointStore:
         if not due:
             self._latest = checkpoint
             return
+        self.wait()
+        self._begin(checkpoint)
+        self._latest = None
+
+    def wait(self) -> None:
+        """Wait until the checkpoint before is on disk.
+
+        Raises
+        ------
+        PlatformError
+            If it could not be written, or takes too long.
+        """
         if not self._idle.wait(_SAVE_TIMEOUT_S):
             raise PlatformError(
                 f"a checkpoint was not written within {_SAVE_TIMEOUT_S:.0f} s to"
@@ -161,8 +173,6 @@ class CheckpointStore:
                 "the disk of the run folder is too slow or hangs",
             )
         self._check()
-        self._begin(checkpoint)
-        self._latest = None
 
     def close(self, timeout_s: float = _SAVE_TIMEOUT_S) -> None:
         """Write the last checkpoint, due or not, and stop.

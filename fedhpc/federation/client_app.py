@@ -22,12 +22,12 @@ def train(message: Message, context: Context) -> Message:
     """Train the received model on this client's examples and return it."""
     experiment = open_experiment(str(context.run_config["run-dir"]))
     device = device_of_this_child()
-    experiment.set_determinism(device)
     (arrays_key, arrays), *_ = message.content.array_records.items()
     model = experiment.model_with(arrays).to(device)
     examples = experiment.examples(int(context.node_config["partition-id"]))
     epochs = experiment.config.training.epochs
-    measured = _train(experiment, model, examples, epochs, device, _proximal_mu(message))
+    with experiment.determinism(device):
+        measured = _train(experiment, model, examples, epochs, device, _proximal_mu(message))
     content = RecordDict(
         {
             arrays_key: ArrayRecord(model.state_dict()),
@@ -94,17 +94,17 @@ def evaluate(message: Message, context: Context) -> Message:
 def evaluate_arrays(experiment: Experiment, arrays: ArrayRecord, split: Split) -> dict[str, Any]:
     """Return the metrics of a model on some examples."""
     device = device_of_this_child()
-    experiment.set_determinism(device)
     dataset = experiment.dataset
-    return metrics.evaluate(
-        experiment.model_with(arrays).to(device),
-        split.images,
-        split.labels,
-        mean=dataset.mean,
-        std=dataset.std,
-        num_classes=len(dataset.classes),
-        device=device,
-    )
+    with experiment.determinism(device):
+        return metrics.evaluate(
+            experiment.model_with(arrays).to(device),
+            split.images,
+            split.labels,
+            mean=dataset.mean,
+            std=dataset.std,
+            num_classes=len(dataset.classes),
+            device=device,
+        )
 
 
 def _proximal_mu(message: Message) -> float:

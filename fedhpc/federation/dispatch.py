@@ -2,79 +2,37 @@
 
 Events come in as method calls, what to do goes out as `actions`. Every message is answered exactly
 once: by the first result that arrives, from whichever array task; by a failure, if the array tasks
-that ran it were lost again and again; or by being withdrawn.
+that ran it were lost again and again; or by being withdrawn. What will take longest goes first, so
+that a round does not end with one long fit and idle slots.
 
 An array task that comes back says which fits it has from before. Those that nobody has asked for
 yet are *offers*: the server may be a new attempt that has not come as far again. An offer takes a
 slot until it is asked for, has become pointless, or the slot is needed.
 """
 
-from collections.abc import Mapping
+import heapq
+from bisect import insort
+from collections import defaultdict
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Literal
 
+from fedhpc.federation.actions import Action, Assign, Cancel, Drop, Fail, Keep
 from fedhpc.federation.offers import Offers
-
-
-@dataclass(frozen=True)
-class Assign:
-    """Send the message to the link's array task."""
-
-    link: int
-    message_id: str
-
-
-@dataclass(frozen=True)
-class Keep:
-    """The link's array task has the message from before: its result is wanted."""
-
-    link: int
-    message_id: str
-
-
-@dataclass(frozen=True)
-class Cancel:
-    """The link's array task need not finish the message."""
-
-    link: int
-    message_id: str
-
-
-@dataclass(frozen=True)
-class Drop:
-    """Close the link: it counts as lost."""
-
-    link: int
-    reason: str
-
-
-@dataclass(frozen=True)
-class Fail:
-    """Answer the message with an error."""
-
-    message_id: str
-    reason: str
-
-
-Action = Assign | Keep | Cancel | Drop | Fail
+from fedhpc.federation.roster import Link, Occupancy
 
 
 @dataclass
 class _Message:
     message_id: str
-    order: int
+    order: tuple[float, int]
     pin: int | None
     fingerprint: str
     links: set[int] = field(default_factory=set)
     losses: int = 0
 
 
-@dataclass
-class _Link:
-    array_task: int
-    slots: int
-    heard_s: float
-    assigned: set[str] = field(default_factory=set)
+_Queue = list[tuple[tuple[float, int], str]]  # orders and ids of messages
 
 
 class Dispatch:
@@ -113,7 +71,11 @@ class Dispatch:
         self._started = False
         self._orders = 0
         self._messages: dict[str, _Message] = {}
-        self._links: dict[int, _Link] = {}
+        # By pin, in their order. That one was answered, withdrawn or assigned is found out later.
+        self._waiting: defaultdict[int | None, _Queue] = defaultdict(list)
+        self._changed: set[int | None] = set()  # pins whose messages or slots are to be looked at
+        self._links: dict[int, Link] = {}
+        self._occupancy = Occupancy()
         self._offers = Offers()
         self._actions: list[Action] = []
         self._awake_s: float | None = None
@@ -136,6 +98,15 @@ class Dispatch:
     def running(self) -> int:
         """How many messages are with an array task."""
         return sum(1 for message in self._messages.values() if message.links)
+
+    @property
+    def has_messages(self) -> bool:
+        """Whether messages wait for an answer."""
+        return bool(self._messages)
+
+    def occupancy(self) -> tuple[int, int]:
+        """Return how many slots are connected, and how many of them have a message."""
+        return self._occupancy.slots, self._occupancy.busy
 
     def running_on(self, link: int) -> int:
         """How many messages a link's array task has, offers included."""
@@ -164,7 +135,9 @@ class Dispatch:
         self._awaited = set(range(self._array_tasks))
         self._patient_until_s = until_s
 
-    def submit(self, message_id: str, client_id: int, fingerprint: str = "") -> None:
+    def submit(
+        self, message_id: str, client_id: int, fingerprint: str = "", expected: float = 0.0
+    ) -> None:
         """Add a message that wants one answer.
 
         Parameters
@@ -175,6 +148,8 @@ class Dispatch:
             The one that is asked.
         fingerprint : str
             Of what is asked; an offer with another one is no answer.
+        expected : float
+            How long the fit will take compared with others, in any unit.
 
         Raises
         ------
@@ -184,8 +159,9 @@ class Dispatch:
         if message_id in self._messages:
             raise ValueError(f"message {message_id} is open already")
         pin = client_id % self._array_tasks if self._pinned else None
-        message = _Message(message_id, self._orders, pin, fingerprint)
+        message = _Message(message_id, (-expected, self._orders), pin, fingerprint)
         self._messages[message_id] = message
+        self._wait_in_order(message)
         self._orders += 1
         for link, held in self._offers.ask(message_id):
             self._keep_or_cancel(link, message, held)
@@ -217,7 +193,7 @@ class Dispatch:
         for older in self.links_of(array_task):
             self._lose(older, f"array task {array_task} connected again", blame=False)
         self._awaited.discard(array_task)
-        self._links[link] = _Link(array_task, slots, now_s)
+        self._links[link] = Link(array_task, slots, now_s)
         for message_id, fingerprint in held.items():
             if message := self._messages.get(message_id):
                 self._keep_or_cancel(link, message, fingerprint)
@@ -225,6 +201,7 @@ class Dispatch:
                 self._actions.append(Cancel(link, message_id))
             else:
                 self._offers.add(link, message_id, fingerprint)
+        self._count(link)
         if len(self._links) >= self._min_array_tasks:
             self._started = True
 
@@ -232,6 +209,7 @@ class Dispatch:
         """Note how many fits a link's array task runs at a time from now on."""
         if link in self._links:
             self._links[link].slots = slots
+            self._count(link)
 
     def hand_back(self, link: int, message_id: str, reason: str) -> None:
         """Note that a link's array task cannot run a message that it was given, or offered."""
@@ -239,6 +217,7 @@ class Dispatch:
         if link in self._links and message_id in self._links[link].assigned:
             self._links[link].assigned.discard(message_id)
             self._take_away(link, self._links[link], message_id, reason, blame=True)
+        self._count(link)
 
     def leave(
         self, link: int, now_s: float, reason: str = "its stream broke", *, blame: bool = True
@@ -266,6 +245,7 @@ class Dispatch:
         message = self._messages.pop(message_id, None)
         if link in self._links:
             self._links[link].assigned.discard(message_id)
+            self._count(link)
         if message is None:
             return False
         self._release(message, cancel_except=link)
@@ -300,31 +280,48 @@ class Dispatch:
             self._patient_until_s = now_s + self._liveness_timeout_s
         self._awake_s = now_s
 
+    def _wait_in_order(self, message: _Message) -> None:
+        insort(self._waiting[message.pin], (message.order, message.message_id))
+        self._changed.add(message.pin)
+
+    def _count(self, number: int) -> None:
+        """Count the slots of a link anew, after whatever may have changed them."""
+        if link := self._links.get(number):
+            self._occupancy.count(number, link, len(self._offers.of(number)))
+            self._changed.add(link.array_task if self._pinned else None)
+
     def _assign(self) -> None:
         if not self._started or self._awaited:
             return
-        free = {number: count for number in self._links if (count := self._free(number)) > 0}
-        waiting = sorted(
-            (message for message in self._messages.values() if not message.links),
-            key=lambda message: message.order,
-        )
-        for message in waiting:
-            if not (free or self._offers.links()):
-                return
-            eligible = [number for number in free if self._may_run(number, message)]
-            if eligible:
-                # The emptiest link first, so that few fits spread over all nodes.
-                link = max(eligible, key=lambda number: (free[number], -number))
-            elif (found := self._make_room(message)) is not None:
-                link = found
-            else:
-                continue
-            message.links.add(link)
-            self._links[link].assigned.add(message.message_id)
-            self._actions.append(Assign(link, message.message_id))
-            free[link] = self._free(link)
-            if free[link] <= 0:
-                del free[link]
+        while self._changed:
+            pin = self._changed.pop()
+            if waiting := self._waiting.get(pin):
+                roomy = self._occupancy.roomy
+                may_run = roomy if pin is None else roomy.intersection(self.links_of(pin))
+                self._assign_to(waiting, may_run)
+
+    def _assign_to(self, waiting: _Queue, roomy: Set[int]) -> None:
+        """Assign messages to links that may all run each of them."""
+        # The emptiest link first, so that few fits spread over all nodes.
+        emptiest = [(-self._free(number), number) for number in roomy]
+        heapq.heapify(emptiest)
+        while waiting:
+            order, message_id = waiting[0]
+            message = self._messages.get(message_id)
+            if message is not None and message.order == order and not message.links:
+                if emptiest:
+                    _, link = heapq.heappop(emptiest)
+                elif (found := self._make_room(message)) is not None:
+                    link = found
+                else:
+                    return
+                message.links.add(link)
+                self._links[link].assigned.add(message_id)
+                self._actions.append(Assign(link, message_id))
+                self._count(link)
+                if (free := self._free(link)) > 0:
+                    heapq.heappush(emptiest, (-free, link))
+            del waiting[0]
 
     def _free(self, number: int) -> int:
         """Return how many slots of a link have neither a message nor an offer."""
@@ -348,35 +345,44 @@ class Dispatch:
         if fingerprint == message.fingerprint:
             message.links.add(number)
             self._links[number].assigned.add(message.message_id)
+            self._count(number)
             self._actions.append(Keep(number, message.message_id))
         else:
             self._actions.append(Cancel(number, message.message_id))
+            self._count(number)  # it was an offer
 
     def _cancel_offer(self, number: int, message_id: str) -> None:
         self._offers.remove(number, message_id)
+        self._count(number)
         self._actions.append(Cancel(number, message_id))
 
     def _release(self, message: _Message, cancel_except: int | None) -> None:
         for number in sorted(message.links):
             self._links[number].assigned.discard(message.message_id)
+            self._count(number)
             if number != cancel_except:
                 self._actions.append(Cancel(number, message.message_id))
 
     def _lose(self, number: int, reason: str, *, blame: bool = True) -> None:
         link = self._links.pop(number)
+        self._occupancy.remove(number)
         self._offers.remove_all(number)
         self._actions.append(Drop(number, reason))
         for message_id in sorted(link.assigned):
             self._take_away(number, link, message_id, reason, blame=blame)
 
     def _take_away(
-        self, number: int, link: _Link, message_id: str, reason: str, *, blame: bool
+        self, number: int, link: Link, message_id: str, reason: str, *, blame: bool
     ) -> None:
         """Free a message for another link, unless it was lost too often."""
         message = self._messages[message_id]
         message.links.discard(number)
         message.losses += blame
-        if message.losses >= self._max_losses and not message.links:
+        if message.links:
+            return
+        if message.losses < self._max_losses:
+            self._wait_in_order(message)
+        else:
             del self._messages[message_id]
             self._actions.append(
                 Fail(

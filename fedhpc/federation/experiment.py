@@ -1,6 +1,7 @@
 """What the two halves of the built-in app share: the run's data, model and hyperparameters."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -28,6 +29,8 @@ class Experiment:
     def __init__(self, run_dir: Path) -> None:
         self.paths = RunPaths(run_dir)
         self.config = config.load(self.paths.config)
+        if self.config.training.deterministic:  # here, as no fit may change the environment
+            os.environ.setdefault(*training.CUBLAS_WORKSPACE)
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -91,10 +94,11 @@ class Experiment:
             len(dataset.classes),
         )
 
-    def set_determinism(self, device: torch.device) -> None:
-        """Switch deterministic algorithms on, if the config asks for them."""
+    def determinism(self, device: torch.device) -> AbstractContextManager[None]:
+        """Return what keeps to deterministic algorithms inside of it, if the config asks so."""
         if self.config.training.deterministic:
-            training.make_deterministic(device)
+            return training.deterministic_algorithms(device)
+        return nullcontext()
 
 
 @lru_cache(maxsize=1)

@@ -2,7 +2,6 @@
 
 import logging
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +11,10 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedhpc.federation import compat, grid_pb2, groups, message_ids, seeds, updates
+from fedhpc.federation.breakdown import SlotSeconds
 from fedhpc.federation.cohort import Answer, Cohort, Outcome, nothing
+from fedhpc.federation.conventions import examples_of, round_of
+from fedhpc.federation.estimates import Estimates
 from fedhpc.federation.journal import AcceptedJournal, Entry
 from fedhpc.federation.payload import ArrayCache, pack
 from fedhpc.federation.recorder import Recorder
@@ -23,11 +25,21 @@ from fedhpc.paths import RunPaths
 
 logger = logging.getLogger(__name__)
 
-_SEQUENCES = 1_000_000  # messages of the same verb to a client in a round
 # Of replies that nobody has used yet: where a cohort's would be more, they come as files.
 _REPLIES_IN_MEMORY_BYTES = 1_000_000_000
 _TOO_LATE = "no result before the round's deadline"
 _STEP_S = 1.0  # of waiting: the transport's clock wants to be read
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Messages that are under way: see `HpcGrid.ask`."""
+
+    message_ids: list[str]
+    cohort: Cohort
+    before: Entry | None
+    wanted: int | None
+    timeout_s: float
 
 
 @dataclass(frozen=True)
@@ -88,25 +100,26 @@ class HpcGrid(Grid):
         self._run = compat.empty_run(paths.run_id)
         self._open: dict[str, _Open] = {}
         self._replies = Replies(paths)
-        self._sequences: Counter[tuple[int, int, str]] = Counter()
-        self._first_sequence = 0
+        self._sequences = message_ids.Sequences()
+        self._estimates = Estimates()
+
+    def slot_seconds(self) -> SlotSeconds:
+        """Return what the slots of all array tasks have done so far."""
+        return self._transport.slot_seconds()
 
     def capture(self) -> tuple[dict[str, Any], frozenset[str]]:
         """Return what a checkpoint must hold, and the names of the files that it refers to."""
         states, files = self._states.capture()
-        # Those of rounds that are done are not needed any more, but for messages of no round.
-        sequences = {key: n for key, n in self._sequences.items() if key[0] == 0}
-        return {"states": states, "sequences": sequences}, files
+        return {"states": states, "sequences": self._sequences.capture()}, files
 
     def restore(self, captured: dict[str, Any]) -> None:
         """Go on from what `capture` returned."""
         self._states.restore(captured["states"])
-        self._sequences |= Counter(captured["sequences"])
+        self._sequences.restore(captured["sequences"])
 
     def begin_anew(self) -> None:
         """Let rounds begin at 1 once more, with message ids that have not been used."""
-        self._first_sequence += _SEQUENCES
-        self._sequences = Counter({key: n for key, n in self._sequences.items() if key[0] == 0})
+        self._sequences.begin_anew()
 
     def set_run(self, run: compat.Run) -> None:
         """Set Flower's description of the run."""
@@ -166,11 +179,11 @@ class HpcGrid(Grid):
         Fits that fail are tried again. What is not answered within ``timeout`` seconds is cancelled
         and left out.
         """
-        outcome = self.exchange(messages, timeout=timeout)
+        outcome = self.collect(self.ask(messages, timeout=timeout))
         outcome.commit()
         return outcome.replies
 
-    def exchange(
+    def ask(
         self,
         messages: Iterable[Message],
         *,
@@ -178,66 +191,70 @@ class HpcGrid(Grid):
         wanted: int | None = None,
         compare_metrics: bool = False,
         journalled: bool = False,
-        keep: bool = False,
-    ) -> Outcome:
-        """Send messages and return what became of them; no client's state is committed yet.
+        known: ArrayCache | None = None,
+    ) -> Asked:
+        """Send messages; `collect` waits for what becomes of them.
 
         Parameters
         ----------
         messages : iterable of Message
             See `send_and_receive`.
         timeout : float, optional
-            In seconds of the transport's clock: it stands while no work can go on.
+            In seconds of the transport's clock, from `collect` on: it stands while nobody works.
         wanted : int, optional
             How many successes are enough: the rest is cancelled then. All by default.
         compare_metrics : bool
             Whether replies must also have the same names of metrics as most others.
         journalled : bool
             Whether the journal says who is waited for, if the same was sent before a restart.
+        known : ArrayCache, optional
+            Blobs of records in the messages.
+        """
+        with self.recorder.watch.phase("send"):
+            requests = self._requests(messages, known)
+            asked = [request.message_id for request in requests]
+            before = self.journal.read(asked) if journalled else None
+            if before is not None:
+                requests = [r for r in requests if r.message_id in before.accepted]
+            cohort = Cohort(
+                [request.message_id for request in requests],
+                retry=self._retry,
+                wanted=None if before else wanted,
+                # Accepted ones alone would be another majority than the one they were part of.
+                refuse=partial(updates.refused, compare_metrics=compare_metrics)
+                if before is None
+                else lambda _: [],
+            )
+            self._send(requests)
+        return Asked(asked, cohort, before, wanted, math.inf if timeout is None else timeout)
+
+    def collect(self, asked: Asked, *, keep: bool = False) -> Outcome:
+        """Return what became of messages; no client's state is committed yet.
+
+        Parameters
+        ----------
+        asked : Asked
+            From `ask`.
         keep : bool
-            Whether the arrays of the replies will be sent on.
+            Whether the arrays of the replies will be sent on, by `send_on`.
         """
         self._replies.forget_kept()
         self._replies.keep = keep
-        requests = self._requests(messages)
-        asked = [request.message_id for request in requests]
-        before = self.journal.read(asked) if journalled else None
-        if before is not None:
-            requests = [r for r in requests if r.message_id in before.accepted]
-        cohort = Cohort(
-            [request.message_id for request in requests],
-            retry=self._retry,
-            wanted=None if before else wanted,
-            # Accepted ones alone would be another majority than the one that they were part of.
-            refuse=partial(updates.refused, compare_metrics=compare_metrics)
-            if before is None
-            else lambda _: [],
-        )
-        self._send(requests)
-        late = self._wait(cohort, math.inf if timeout is None else timeout)
-        outcome = cohort.outcome(late)
-        if before is not None:
-            outcome = before.complete(outcome, asked, wanted, self._failed_before(before))
-        self._end(outcome)
+        with self.recorder.watch.phase("receive"):
+            late = self._wait(asked.cohort, asked.timeout_s)
+            outcome = asked.cohort.outcome(late)
+            if (before := asked.before) is not None:
+                failed = self._failed_before(before)
+                outcome = before.complete(outcome, asked.message_ids, asked.wanted, failed)
+            self._end(outcome)
         return outcome
 
     def send_on(self, messages: Iterable[Message], timeout: float) -> Outcome:
-        """Exchange messages with arrays of the replies that the last `exchange` was to keep.
+        """Send messages with arrays of the replies that were kept last, and collect the answers.
 
-        These are not read here: their files are what is sent.
+        These arrays are not read here: their files are what is sent.
         """
-        self._replies.keep = False
-        requests = self._requests(messages, self._replies.kept)
-        cohort = Cohort(
-            [request.message_id for request in requests], retry=self._retry, refuse=lambda _: []
-        )
-        try:
-            self._send(requests)
-            outcome = cohort.outcome(self._wait(cohort, timeout))
-        finally:
-            self._replies.forget_kept()
-        self._end(outcome)
-        return outcome
+        return self.collect(self.ask(messages, timeout=timeout, known=self._replies.kept))
 
     # --- inside ---
 
@@ -248,7 +265,9 @@ class HpcGrid(Grid):
         deadline_s = self._transport.clock_s() + timeout_s
         while not cohort.closed and (left_s := deadline_s - self._transport.clock_s()) > 0:
             batch = {}
-            for response in self._transport.receive(cohort.waiting, min(left_s, _STEP_S)):
+            with self.recorder.watch.phase("clients"):
+                responses = self._transport.receive(cohort.waiting, min(left_s, _STEP_S))
+            for response in responses:
                 told, answer = self._answer(response, cohort.tries(response.message_id))
                 batch[answer.message_id] = answer
                 came[answer.message_id] = told
@@ -325,10 +344,9 @@ class HpcGrid(Grid):
             raise ValueError(
                 f"a message is for node {metadata.dst_node_id}, expected 1 to {self._num_clients}"
             )
-        server_round = _round_of(message)
+        server_round = round_of(message)
         key = (server_round, client_id, metadata.message_type)
-        sequence = self._first_sequence + self._sequences[key]
-        self._sequences[key] += 1
+        sequence = self._sequences.next(*key)
         parts = message_ids.Parts(server_round, client_id, metadata.message_type, sequence)
         message_id = message_ids.make(parts)
         # Flower shares one content between a cohort's messages, but not the metadata.
@@ -337,7 +355,8 @@ class HpcGrid(Grid):
         packed = pack(message, None if is_mean else self._states.get(client_id), cache)
         packed.payload.client_id = client_id
         packed.payload.seed = seeds.derive(self.seed, *key, sequence)
-        request = Request(message_id, client_id, packed)
+        expected = self._estimates.expected(metadata.message_type, client_id)
+        request = Request(message_id, client_id, packed, expected)
         self._open[message_id] = _Open(message, server_round, client_id, request)
         return request
 
@@ -346,6 +365,14 @@ class HpcGrid(Grid):
         opened = self._open[response.message_id]
         read = self._replies.read(response, opened.message)
         commit = partial(self._commit, opened.client_id, read.state) if read.is_whole else nothing
+        if read.failure is None and response.fit is not None:
+            self._estimates.note(
+                opened.message.metadata.message_type,
+                opened.client_id,
+                response.fit.run_s,
+                response.array_task or 0,
+                examples_of(read.message),
+            )
         answer = Answer(
             response.message_id,
             opened.client_id,
@@ -368,13 +395,3 @@ class HpcGrid(Grid):
         opened = self._open[response.message_id]
         verb = opened.message.metadata.message_type
         self.recorder.fit_ended(response, opened.server_round, opened.client_id, verb, **more)
-
-
-def _round_of(message: Message) -> int:
-    """Return the round a message belongs to, as Flower's strategies write it; 0 if it says none."""
-    for record in message.content.config_records.values():
-        found = record.get("server-round")
-        if isinstance(found, int):
-            return found
-    group = message.metadata.group_id
-    return int(group) if group.isdecimal() else 0

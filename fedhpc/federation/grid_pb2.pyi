@@ -212,7 +212,7 @@ class Failure(_message.Message):
     def __init__(self, reason: _Optional[str] = ..., traceback: _Optional[str] = ..., raised: bool = ..., final: bool = ...) -> None: ...
 
 class Fit(_message.Message):
-    __slots__ = ("slot", "wait_s", "start_s", "run_s", "return_s", "peak_rss_mb", "late_imports", "gpu", "gpu_before_mb", "gpu_peak_mb", "out_of_memory")
+    __slots__ = ("slot", "wait_s", "start_s", "run_s", "return_s", "peak_rss_mb", "late_imports", "gpu", "gpu_before_mb", "gpu_peak_mb", "out_of_memory", "replaced")
     SLOT_FIELD_NUMBER: _ClassVar[int]
     WAIT_S_FIELD_NUMBER: _ClassVar[int]
     START_S_FIELD_NUMBER: _ClassVar[int]
@@ -224,6 +224,7 @@ class Fit(_message.Message):
     GPU_BEFORE_MB_FIELD_NUMBER: _ClassVar[int]
     GPU_PEAK_MB_FIELD_NUMBER: _ClassVar[int]
     OUT_OF_MEMORY_FIELD_NUMBER: _ClassVar[int]
+    REPLACED_FIELD_NUMBER: _ClassVar[int]
     slot: int
     wait_s: float
     start_s: float
@@ -235,7 +236,8 @@ class Fit(_message.Message):
     gpu_before_mb: float
     gpu_peak_mb: float
     out_of_memory: bool
-    def __init__(self, slot: _Optional[int] = ..., wait_s: _Optional[float] = ..., start_s: _Optional[float] = ..., run_s: _Optional[float] = ..., return_s: _Optional[float] = ..., peak_rss_mb: _Optional[float] = ..., late_imports: _Optional[_Iterable[str]] = ..., gpu: _Optional[str] = ..., gpu_before_mb: _Optional[float] = ..., gpu_peak_mb: _Optional[float] = ..., out_of_memory: bool = ...) -> None: ...
+    replaced: str
+    def __init__(self, slot: _Optional[int] = ..., wait_s: _Optional[float] = ..., start_s: _Optional[float] = ..., run_s: _Optional[float] = ..., return_s: _Optional[float] = ..., peak_rss_mb: _Optional[float] = ..., late_imports: _Optional[_Iterable[str]] = ..., gpu: _Optional[str] = ..., gpu_before_mb: _Optional[float] = ..., gpu_peak_mb: _Optional[float] = ..., out_of_memory: bool = ..., replaced: _Optional[str] = ...) -> None: ...
 
 class Payload(_message.Message):
     __slots__ = ("message", "state", "arrays", "client_id", "seed", "inline_bytes")

@@ -20,6 +20,7 @@ from flwr.serverapp.strategy import (
     Strategy,
 )
 
+from fedhpc.config import Federation
 from fedhpc.errors import ConfigError, PlatformError
 from fedhpc.federation import compat
 from fedhpc.federation.cohort import Answer, Outcome
@@ -33,6 +34,20 @@ _MAX_GROUP = 200  # descriptors that fit into one message to a child
 
 # What they do with the replies is all in FedAvg.aggregate_train; they go on from the mean.
 _WEIGHTED_MEANS = {kind.aggregate_train for kind in (FedAvg, FedAvgM, FedAdagrad, FedAdam, FedYogi)}
+
+
+def are_wanted(federation: Federation, strategy: Strategy) -> bool:
+    """Return whether a strategy is to be given means of groups.
+
+    Raises
+    ------
+    ConfigError
+        If it is, and needs every reply.
+    """
+    if federation.aggregation == "flat":
+        return False
+    check(strategy)
+    return True
 
 
 def check(strategy: Strategy) -> FedAvg:
@@ -57,7 +72,7 @@ def check(strategy: Strategy) -> FedAvg:
     )
 
 
-def aggregate(
+def means(
     grid: "HpcGrid", strategy: Strategy, outcome: Outcome, server_round: int, timeout_s: float
 ) -> list[Message]:
     """Return what a strategy is given in place of a cohort's replies.
@@ -87,14 +102,14 @@ def aggregate(
         return errors
     compat.check_consistency([answer.reply.content for answer in answers], weighted_by)
     questions = [_question(group, weighted_by, server_round) for group in _cut(answers)]
-    means = grid.send_on(questions, timeout=timeout_s)
-    if len(means.accepted) < len(questions):
-        reason = means.failed[0].reason if means.failed else "no reply before the deadline"
+    found = grid.send_on(questions, timeout=timeout_s)
+    if len(found.accepted) < len(questions):
+        reason = found.failed[0].reason if found.failed else "no reply before the deadline"
         raise PlatformError(
-            f"round {server_round}: {len(questions) - len(means.accepted)} of {len(questions)}"
+            f"round {server_round}: {len(questions) - len(found.accepted)} of {len(questions)}"
             f" groups of clients could not be averaged: {reason}"
         )
-    return [*errors, *means.replies]
+    return [*errors, *found.replies]
 
 
 def _cut(answers: list[Answer]) -> list[list[Answer]]:

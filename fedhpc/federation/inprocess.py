@@ -5,6 +5,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 
 from fedhpc.federation import fit, grid_pb2
+from fedhpc.federation.breakdown import SlotSeconds
 from fedhpc.federation.transport import Request, Response
 
 
@@ -41,6 +42,10 @@ class InProcess:
     def clock_s(self) -> float:
         """Return a clock that runs with each fit; see `Transport`."""
         return time.monotonic()
+
+    def slot_seconds(self) -> SlotSeconds:
+        """Return zeros: there are no slots; see `Transport`."""
+        return SlotSeconds()
 
     def withdraw(self, message_ids: Iterable[str]) -> list[Response]:
         """Forget requests; see `Transport`."""

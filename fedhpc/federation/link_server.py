@@ -7,15 +7,15 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence, Set
 from typing import Any, TypeVar
 
 import grpc
 
-from fedhpc import files
 from fedhpc.errors import PlatformError, Superseded
-from fedhpc.federation import dispatch, grid_pb2, link
+from fedhpc.federation import actions, dispatch, grid_pb2, link
 from fedhpc.federation.blobs import BlobStore
+from fedhpc.federation.breakdown import SlotLedger, SlotSeconds
 from fedhpc.federation.peer import LinkOptions, Peer, clash
 from fedhpc.federation.transport import Request, Response, WorkClock
 from fedhpc.paths import RunPaths
@@ -54,7 +54,6 @@ class LinkServer:
     ) -> None:
         self._machine = machine
         self._options = options
-        self._paths = paths
         self._store = BlobStore(paths, options.inline_bytes)
         self._credentials = credentials
         self._peers: dict[int, Peer] = {}
@@ -67,6 +66,7 @@ class LinkServer:
         self._failed: Counter[int] = Counter()
         self._lonely_since_s = time.monotonic()
         self._clock = WorkClock(self._lonely_since_s)
+        self._ledger = SlotLedger(self._lonely_since_s)
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="links", daemon=True)
         self._server: grpc.aio.Server | None = None
@@ -91,10 +91,8 @@ class LinkServer:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout_s)
         if reason is not None:
-            # With them go the files of results that came late or twice.
             with contextlib.suppress(OSError, Superseded):  # another server's, or nobody's
-                for path in list(self._paths.blobs.iterdir()):
-                    files.remove(path)
+                self._store.remove_all()
 
     def array_tasks(self) -> list[dict[str, Any]]:
         """Return what is known of each array task that has ever come, for status.json."""
@@ -133,14 +131,17 @@ class LinkServer:
             for request in requests:
                 self._requests[request.message_id] = request
                 fingerprint = request.packed.fingerprint()
-                self._machine.submit(request.message_id, request.client_id, fingerprint)
+                self._machine.submit(
+                    request.message_id, request.client_id, fingerprint, request.expected
+                )
             self._act()
 
         self._loop.call_soon_threadsafe(submit)
 
     def receive(self, message_ids: Iterable[str], timeout_s: float) -> list[Response]:
         """Return answers; see `Transport`."""
-        wanted = set(message_ids)
+        # A large cohort's set is not copied for each result.
+        wanted = message_ids if isinstance(message_ids, Set) else set(message_ids)
         deadline_s = time.monotonic() + timeout_s
         while True:
             left_s = deadline_s - time.monotonic()
@@ -155,6 +156,10 @@ class LinkServer:
     def clock_s(self) -> float:
         """Return a clock that stands while no work can go on; see `Transport`."""
         return self._clock.read(time.monotonic(), at_work=self._at_work)
+
+    def slot_seconds(self) -> SlotSeconds:
+        """Return what slots have done so far; see `Transport`."""
+        return self._ledger.read(time.monotonic())
 
     def withdraw(self, message_ids: Iterable[str]) -> list[Response]:
         """Forget requests; see `Transport`."""
@@ -338,22 +343,13 @@ class LinkServer:
         peer.outgoing.put_nowait(
             ToArrayTask(accepted=grid_pb2.Accepted(message_id=result.message_id))
         )
-        arrived = peer.take_blobs(result)
+        now_s = time.monotonic()
+        held_s = now_s - peer.given_s.pop(result.message_id, now_s)
+        response = peer.response(result, held_s)
         if self._machine.answered(peer.number, result.message_id):
-            failed = result.HasField("failure")
+            failed = response.failure is not None
             (self._failed if failed else self._done)[peer.hello.array_task] += 1
-            self._respond(
-                Response(
-                    result.message_id,
-                    payload=None if failed else grid_pb2.Payload.FromString(result.payload),
-                    blobs=arrived,
-                    files={blob.digest: blob.size for blob in result.blobs if blob.in_file},
-                    failure=result.failure if failed else None,
-                    fit=result.fit if result.HasField("fit") else None,
-                    array_task=peer.hello.array_task,
-                    host=peer.hello.host,
-                )
-            )
+            self._respond(response)
 
     def _respond(self, response: Response) -> None:
         self._forget(response.message_id)
@@ -368,23 +364,29 @@ class LinkServer:
     def _act(self) -> None:
         """Do what the state machine wants done."""
         for action in self._machine.actions():
-            if isinstance(action, dispatch.Fail):
+            if isinstance(action, actions.Fail):
                 failure = grid_pb2.Failure(reason=action.reason, final=True)
                 self._respond(Response(action.message_id, failure=failure))
                 continue
             peer = self._peers.get(action.link)
             if peer is None:
                 continue
-            if isinstance(action, dispatch.Assign):
+            if isinstance(action, actions.Assign | actions.Keep):
+                peer.given_s[action.message_id] = time.monotonic()
+            if isinstance(action, actions.Assign):
                 peer.outgoing.put_nowait(ToArrayTask(work=self._work(action.message_id)))
-            elif isinstance(action, dispatch.Keep):
+            elif isinstance(action, actions.Keep):
                 keep = grid_pb2.Keep(message_id=action.message_id)
                 peer.outgoing.put_nowait(ToArrayTask(keep=keep))
-            elif isinstance(action, dispatch.Cancel):
+            elif isinstance(action, actions.Cancel):
                 cancel = grid_pb2.Cancel(message_id=action.message_id)
                 peer.outgoing.put_nowait(ToArrayTask(cancel=cancel))
+                peer.given_s.pop(action.message_id, None)
             elif not peer.dropped.done():
                 peer.dropped.set_result(action.reason)
+        slots, busy = self._machine.occupancy()
+        asked = self._machine.has_messages
+        self._ledger.note(time.monotonic(), slots=slots, busy=busy, asked=asked)
 
     def _work(self, message_id: str) -> grid_pb2.Work:
         packed = self._requests[message_id].packed

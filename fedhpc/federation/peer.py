@@ -8,6 +8,7 @@ from fedhpc.errors import PlatformError
 from fedhpc.federation import grid_pb2
 from fedhpc.federation.link import chunks
 from fedhpc.federation.payload import BytesLike
+from fedhpc.federation.transport import Response
 
 
 @dataclass
@@ -53,6 +54,8 @@ class Peer:
         What to write; None ends the stream.
     sent : set of str
         Digests of the blobs that it has.
+    given_s : dict
+        When it was given each fit that it has, by message.
     waiting : list of str
         What its fits wait for, in words.
     goodbye : str
@@ -66,6 +69,7 @@ class Peer:
     slots: int
     outgoing: asyncio.Queue[grid_pb2.ToArrayTask | None] = field(default_factory=asyncio.Queue)
     sent: set[str] = field(default_factory=set)
+    given_s: dict[str, float] = field(default_factory=dict)
     waiting: list[str] = field(default_factory=list)
     goodbye: str = ""
     dropped: asyncio.Future[str] = field(
@@ -125,10 +129,21 @@ class Peer:
         if len(buffer) == chunk.size:
             self._arrived[chunk.digest] = memoryview(self._arriving.pop(chunk.digest))
 
-    def take_blobs(self, result: grid_pb2.Result) -> dict[str, memoryview]:
-        """Return the blobs of a result that came over the link, by digest, and forget them."""
+    def response(self, result: grid_pb2.Result, held_s: float) -> Response:
+        """Return the response in a result that was here for so long; its blobs are forgotten."""
+        failed = result.HasField("failure")
         digests = {blob.digest for blob in result.blobs if not blob.in_file}
-        return {digest: self._arrived.pop(digest) for digest in digests}
+        return Response(
+            result.message_id,
+            payload=None if failed else grid_pb2.Payload.FromString(result.payload),
+            blobs={digest: self._arrived.pop(digest) for digest in digests},
+            files={blob.digest: blob.size for blob in result.blobs if blob.in_file},
+            failure=result.failure if failed else None,
+            fit=result.fit if result.HasField("fit") else None,
+            array_task=self.hello.array_task,
+            host=self.hello.host,
+            held_s=held_s,
+        )
 
 
 def clash(hello: grid_pb2.Hello, others: Iterable[grid_pb2.Hello]) -> str:

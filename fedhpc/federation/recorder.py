@@ -4,6 +4,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 from fedhpc import files
 from fedhpc.errors import PlatformError, Superseded
+from fedhpc.federation.breakdown import OF_FIT, PHASES, USES, SlotAccount, SlotSeconds, Stopwatch
 from fedhpc.federation.cohort import Streaks
 from fedhpc.federation.transport import Response
 from fedhpc.paths import RunPaths
@@ -64,6 +66,11 @@ class Recorder:
     ----------
     paths : RunPaths
         Of the run.
+
+    Attributes
+    ----------
+    watch : Stopwatch
+        Of the thread that runs the rounds.
     """
 
     def __init__(self, paths: RunPaths) -> None:
@@ -71,7 +78,8 @@ class Recorder:
         self._lock = threading.Lock()
         self._progress = Progress()
         self._start_s = time.monotonic()
-        self._round_start_s = self._start_s
+        self.watch = Stopwatch()
+        self._slots = SlotAccount()
         self._rounds_done = 0
         self._has_sent = False
         self.last_failure = ""
@@ -105,14 +113,15 @@ class Recorder:
         with self._lock:
             self._progress = Progress(**mark["progress"])
 
-    def rounds_begin(self, num_rounds: int) -> None:
-        """Note how many rounds there will be."""
+    def rounds_begin(self, num_rounds: int, slots: SlotSeconds) -> None:
+        """Note how many rounds there will be, and what slots have done before the first of them."""
+        self.watch.lap()
+        self._slots.lap(slots)
         with self._lock:
             self._progress.num_rounds = num_rounds
 
     def round_begins(self, server_round: int) -> None:
         """Note the round that begins."""
-        self._round_start_s = time.monotonic()
         with self._lock:
             self._progress.round = server_round
 
@@ -171,6 +180,9 @@ class Recorder:
         if fit := response.fit:
             for name in ("slot", "wait_s", "start_s", "run_s", "return_s", "peak_rss_mb"):
                 line[name] = round(getattr(fit, name), 4)
+            if response.failure is None and not late:
+                told = {use: line[f"{use}_s"] for use in OF_FIT}
+                line["link_s"] = round(self._slots.add(response.held_s, told), 4)
             line["late_imports"] = list(fit.late_imports)
             if fit.gpu:
                 line["gpu"] = fit.gpu
@@ -179,6 +191,8 @@ class Recorder:
                     line[name] = getattr(fit, name)
             if fit.out_of_memory:
                 line["out_of_memory"] = True
+            if fit.replaced:
+                line["replaced"] = fit.replaced
         if response.failure is not None:
             line["reason"] = response.failure.reason
             self.last_failure = f"client {client_id}: {response.failure.reason}"
@@ -200,22 +214,42 @@ class Recorder:
             self._progress.fits_cancelled += cancelled
             self._progress.failing = self.streaks.said()[:_SAID]
 
-    def round_ended(self, server_round: int, line: dict[str, Any]) -> None:
-        """Write the line of a round."""
-        now_s = time.monotonic()
-        wall_s = now_s - self._round_start_s
-        record = {
-            "round": server_round,
-            "time_s": round(now_s - self._start_s, 3),
-            "round_s": round(wall_s, 4),
-            **line,
+    def lap(self, slots: SlotSeconds) -> dict[str, Any]:
+        """Return what the line of a round that ends now says of its time, since the one before.
+
+        Parameters
+        ----------
+        slots : SlotSeconds
+            What slots have done so far.
+        """
+        seconds = self.watch.lap()
+        uses = self._slots.lap(slots)
+        return {
+            "time_s": round(time.monotonic() - self._start_s, 3),
+            "round_s": round(sum(seconds.values()), 4),
+            "seconds": _rounded(seconds, PHASES),
+            **({"slot_seconds": _rounded(uses, USES)} if uses else {}),
         }
-        files.append_line(self._paths.metrics, record)
+
+    def round_ended(self, server_round: int, line: dict[str, Any], lap: dict[str, Any]) -> None:
+        """Write the line of a round.
+
+        Parameters
+        ----------
+        server_round : int
+            Which.
+        line : dict
+            What happened in it.
+        lap : dict
+            Where its time went: see `lap`.
+        """
+        start = {name: lap[name] for name in ("time_s", "round_s")}
+        files.append_line(self._paths.metrics, {"round": server_round, **start, **line, **lap})
         with self._lock:
             progress = self._progress
             if server_round > 0:
                 self._rounds_done += 1
-                progress.round_s += (wall_s - progress.round_s) / self._rounds_done
+                progress.round_s += (lap["round_s"] - progress.round_s) / self._rounds_done
             metrics = line.get("evaluate") or line.get("evaluate_clients")
             if metrics:
                 progress.metrics = {
@@ -238,6 +272,10 @@ class Recorder:
             raise
         except PlatformError as error:  # the run does not depend on it; a person may
             logger.warning("%s; it was to say:\n%s", error.message, text)
+
+
+def _rounded(seconds: dict[str, float], names: Iterable[str]) -> dict[str, float]:
+    return {name: round(seconds.get(name, 0.0), 4) for name in names}
 
 
 def _size(path: Path) -> int:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from fedhpc.federation import grid_pb2
+from fedhpc.federation.breakdown import SlotSeconds
 from fedhpc.federation.payload import Packed
 
 _STALLED_S = 5.0
@@ -12,11 +13,12 @@ _STALLED_S = 5.0
 
 @dataclass(frozen=True)
 class Request:
-    """A message for a client."""
+    """A message for a client; ``expected`` is its work compared with others', in any unit."""
 
     message_id: str
     client_id: int
     packed: Packed
+    expected: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class Response:
         How the fit went, if a child ran it.
     array_task : int or None
         Where it ran, and on which ``host``.
+    held_s : float
+        Seconds from its last assignment to that array task until its result was there.
     """
 
     message_id: str
@@ -47,6 +51,7 @@ class Response:
     fit: grid_pb2.Fit | None = None
     array_task: int | None = None
     host: str = ""
+    held_s: float = 0.0
 
 
 class WorkClock:
@@ -90,6 +95,9 @@ class Transport(Protocol):
 
     def clock_s(self) -> float:
         """Return a clock for deadlines, to be read about every second; see `WorkClock`."""
+
+    def slot_seconds(self) -> SlotSeconds:
+        """Return what slots have done so far; all 0 where there are none."""
 
     def withdraw(self, message_ids: Iterable[str]) -> list[Response]:
         """Forget requests; running fits are cancelled. Returns answers that have come already."""

@@ -26,8 +26,9 @@ class PoolOptions:
     ----------
     start_method : {"forkserver", "spawn"}
         Fork from a process that has preloaded the slow modules, or start a new interpreter.
-    fits_per_process : int
-        Calls before a child is replaced; 1: always a fresh one; 0: never replaced. A child that is
+    fits_per_process : int or "auto"
+        Calls before a child is replaced; 1: always a fresh one; 0: never replaced; auto: when a
+        call raised, or left the process other than it was (`cleanliness`). A child that is
         kept keeps its slot; it leaves when another process waits for that, when a call needs
         more memory than it was admitted for, or after a minute without work.
     threads_per_fit : int
@@ -55,7 +56,7 @@ class PoolOptions:
     """
 
     start_method: Literal["forkserver", "spawn"] = "forkserver"
-    fits_per_process: int = 1
+    fits_per_process: int | Literal["auto"] = 1
     threads_per_fit: int = 1
     standby: bool = True
     preload: Sequence[str] = DEFAULT_PRELOAD
@@ -104,6 +105,8 @@ class PoolOptions:
             "MKL_NUM_THREADS": threads,
             "OPENBLAS_NUM_THREADS": threads,
             "PYTHONHASHSEED": "0",  # the order of sets is the same in every array task
+            # Older versions of torch set it at the first use of a GPU: it would seem a fit's doing.
+            "CUDA_MODULE_LOADING": os.environ.get("CUDA_MODULE_LOADING", "LAZY"),
             # torch.cuda.is_available() at an app's import then asks NVML and makes no context.
             "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
         }
@@ -203,6 +206,8 @@ class Reply:
         Of these, its context.
     out_of_memory : bool
         Whether it ran again, alone on its GPU, as there was not enough memory at first.
+    replaced : str
+        Why its process is not kept, where that depends on how the call left it; else "".
     gone : Event or None
         Set when its process is gone; None: the process is kept.
     """
@@ -218,6 +223,7 @@ class Reply:
     gpu_peak_bytes: int | None = None
     gpu_context_bytes: int | None = None
     out_of_memory: bool = False
+    replaced: str = ""
     gone: threading.Event | None = None
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from fedhpc.errors import PlatformError
 from fedhpc.isolation import admission, channel, cuda, host_memory, preloading
 from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT
+from fedhpc.isolation.cleanliness import Cleanliness
 from fedhpc.isolation.locks import SlotGroup
 from fedhpc.isolation.nvml import Reading
 
@@ -51,7 +52,7 @@ def leave(code: int) -> None:
 
 
 class Child:
-    """Answers calls until ``options["fits"]`` of them are done (0: no limit) or the pool is gone.
+    """Answers calls until ``options["fits"]`` of them are done or the pool is gone.
 
     Parameters
     ----------
@@ -59,7 +60,8 @@ class Child:
         The channel to the pool.
     options : dict
         ``prepare``: "module:function" to call before the first call, or None; ``prepare_arg``: its
-        argument; ``prepare_now``: whether before there is a slot; ``fits``: calls to answer;
+        argument; ``prepare_now``: whether before there is a slot; ``fits``: calls to answer, 0: no
+        limit, "auto": as long as it is `Cleanliness.changes` that there are none;
         ``threads``: of torch; ``learn``: whether to tell what could be preloaded; ``env``:
         environment of the slot; ``refuse``: what to answer to every call, or "".
     """
@@ -73,6 +75,7 @@ class Child:
         self._failure: dict[str, Any] | None = None
         self._prepared = False
         self._limited = False
+        self._cleanliness: Cleanliness | None = None
         self._done = 0
 
     def serve(self) -> int:
@@ -101,9 +104,14 @@ class Child:
                 or reply.get("out_of_memory", False)
                 or reply.get("refused_memory", False)
                 # After some errors CUDA fails in this process for ever, and none tells which.
-                or ("error" in reply and cuda.is_initialised())
+                or ("error" in reply and (cuda.is_initialised() or self._proves_itself()))
                 or self._is_in_the_way()
             )
+            if not last and self._cleanliness is not None:
+                reply["replaced"] = _clip(
+                    "; ".join(self._cleanliness.changes(reply_fds)), _MAX_ERROR
+                )
+                last = bool(reply["replaced"])
             reply["last"] = last
             if last:
                 self._release_cores()
@@ -127,6 +135,19 @@ class Child:
                 if self._is_in_the_way() or time.monotonic() > end_s:
                     return None
         return channel.receive(self._sock)
+
+    def _proves_itself(self) -> bool:
+        """Return whether it is to be kept only as long as it is clean."""
+        return bool(self._options["fits"] == "auto")
+
+    def _changes(self, reply_fds: list[int]) -> str:
+        """Return why this process is not to be used again, in words; "" if it may be."""
+        if self._cleanliness is None:
+            return ""
+        try:
+            return _clip("; ".join(self._cleanliness.changes(reply_fds)), _MAX_ERROR)
+        except Exception as error:  # what cannot be proven is not so
+            return f"it could not be looked at: {type(error).__name__}: {error}"
 
     def _is_in_the_way(self) -> bool:
         """Return whether somebody waits for the slot that this process would keep.
@@ -161,6 +182,8 @@ class Child:
                 return dict(self._failure), []
             function = resolve(call["entry"])
             cuda.begin()
+            if self._proves_itself() and self._cleanliness is None:
+                self._cleanliness = Cleanliness()
             entered_s = time.monotonic()
             results = function(*buffers)
             returned_s = time.monotonic()

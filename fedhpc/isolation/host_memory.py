@@ -1,9 +1,11 @@
 """Memory of processes on the host, and whether the kernel killed one for it."""
 
 import contextlib
+import os
 import re
 import resource
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 MB = 1e6
@@ -13,17 +15,38 @@ _REFUSED = ("can't allocate memory", "Cannot allocate memory", "std::bad_alloc")
 
 def families(heads: Iterable[int]) -> dict[int, list[int]]:
     """Return for each process itself and all that come from it, as far as they live."""
+    known = None if _tells_children() else _all_children()  # a large node has 3,000 processes
+    found: dict[int, list[int]] = {}
+    for head in heads:
+        family = found[head] = [head]
+        for pid in family:  # it grows meanwhile
+            family += _children(pid) if known is None else known.get(pid, [])
+    return found
+
+
+@cache
+def _tells_children() -> bool:
+    """Return whether the kernel has CONFIG_PROC_CHILDREN."""
+    return Path(f"/proc/self/task/{os.getpid()}/children").exists()
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    with contextlib.suppress(OSError):  # it has just ended
+        for task in os.listdir(f"/proc/{pid}/task"):  # noqa: PTH208  (Path would cost more)
+            with contextlib.suppress(OSError):
+                found += map(int, Path(f"/proc/{pid}/task/{task}/children").read_text().split())
+    return found
+
+
+def _all_children() -> dict[int, list[int]]:
+    """Return the children of every process of the machine."""
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError, IndexError, ValueError):
             parent = int(stat.read_text().rpartition(")")[2].split()[1])
             children.setdefault(parent, []).append(int(stat.parent.name))
-    found: dict[int, list[int]] = {}
-    for head in heads:
-        family = found[head] = [head]
-        for pid in family:  # it grows meanwhile
-            family += children.get(pid, [])
-    return found
+    return children
 
 
 def proportional_bytes(pids: Iterable[int]) -> int:
@@ -38,6 +61,16 @@ def proportional_bytes(pids: Iterable[int]) -> int:
             if match := re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE):
                 total += 1024 * int(match[1])
     return total
+
+
+def own_bytes() -> int:
+    """Return the memory of this process that comes from no file, exactly; takes milliseconds.
+
+    A page that is still the fork server's counts in full, one of shared memory by its share.
+    """
+    text = Path("/proc/self/smaps_rollup").read_text()
+    found = re.findall(r"^(?:Anonymous|Pss_Shmem):\s+(\d+) kB", text, re.MULTILINE)
+    return 1024 * sum(map(int, found))
 
 
 def limit_own_data(more_bytes: int) -> None:

@@ -201,6 +201,7 @@ class ChildPool:
             gpu_before_bytes=admitted["gpu_before_bytes"],
             gpu_peak_bytes=None if peak is None else peak + (context or 0),
             gpu_context_bytes=context,
+            replaced=reply.get("replaced", ""),
             gone=child.exited if reply["last"] else None,
         )
 

@@ -23,6 +23,8 @@ INTERVAL_S = 0.5
 _OWN_INTERVAL_S = 5.0
 _LIMITED_INTERVAL_S = 0.2  # where a child may have to be killed
 _LONGER_THAN_A_SAMPLE = 4
+_IDLE_INTERVAL_S = 0.1  # between samples of moments in which nothing runs
+_LONGER_THAN_AN_IDLE_SAMPLE = 10  # as tiny fits would have one each
 _GONE_S = 2.0
 
 
@@ -87,6 +89,7 @@ class Sampler:
         self._closing = False
         self._own_mb: float | None = None
         self._own_next_s = 0.0
+        self._idle_next_s = 0.0
         self._start_s = time.monotonic()
         self._ended: queue.SimpleQueue[_Ended | None]
         self._ended = queue.SimpleQueue()
@@ -152,7 +155,8 @@ class Sampler:
         after = None
         if usage.gpu is not None:
             after = self._used_mb(usage.gpu)
-        if not any(self._pool.children().values()):
+        idle = not any(self._pool.children().values())
+        if idle and time.monotonic() >= self._idle_next_s:
             sample = self._sample()
             if usage.gpu is None:
                 after = sample["children_mb"]
@@ -161,6 +165,7 @@ class Sampler:
         self._lines.put({"kind": "fit", **usage.about, **times, **memory, **more})
 
     def _sample(self) -> dict[str, Any]:
+        began_s = time.monotonic()
         children = self._pool.children()
         total = 0
         for pid, family in families(children).items():
@@ -179,6 +184,9 @@ class Sampler:
             "gpus": {gpu.id: self._used_mb(gpu) for gpu in self._gpus},
         }
         self._lines.put(line)
+        now_s = time.monotonic()
+        took_s = now_s - began_s
+        self._idle_next_s = now_s + max(_IDLE_INTERVAL_S, _LONGER_THAN_AN_IDLE_SAMPLE * took_s)
         return line
 
     def _measure_own(self) -> None:

@@ -111,7 +111,7 @@ def _comparable(pair: "list[Summary]") -> "list[Summary]":
 
 def _write(found: "Summary", pair: "list[Summary]", place: RunPaths) -> list[Path]:
     """Write the page and the figures; return the paths of the figures."""
-    from fedhpc.report import figures, page, summary
+    from fedhpc.report import breakdown, figures, page, summary
 
     drawn = figures.chosen(found.tracks)
     pictures: dict[str, tuple[str, Figure | None, str]] = {
@@ -120,6 +120,12 @@ def _write(found: "Summary", pair: "list[Summary]", place: RunPaths) -> list[Pat
             "Two runs beside each other",
             figures.beside(pair) if pair else None,
             f"{' and '.join(one.paths.run_id for one in pair)}, on the same axes.",
+        ),
+        "time": (
+            "Where the time of a round went",
+            breakdown.figure(found.rounds),
+            "A bar a round (the mean of neighbours, where there are many); a bar that is much"
+            " higher than most is cut off, and its height written into it.",
         ),
         "learning": (
             "Learning",
@@ -171,7 +177,7 @@ def _print(found: "Summary", written: Sequence[Path]) -> None:
     """Print what a person wants to know at once."""
     from rich.table import Table
 
-    from fedhpc.report import figures, tables
+    from fedhpc.report import breakdown, figures, tables
 
     status = found.status
     facts = Table(show_header=False, box=None, pad_edge=False)
@@ -183,6 +189,7 @@ def _print(found: "Summary", written: Sequence[Path]) -> None:
         "reason": str(status.get("reason") or ""),
         "rounds": f"{found.rounds_done}/{found.num_rounds or '?'}",
         "metrics": words.summary(found.metrics),
+        "time": breakdown.largest(found.rounds),
         "memory": figures.what_is_drawn(drawn) if (drawn := figures.chosen(found.tracks)) else "",
         "left out": _left_out(found.tracks, drawn),
         "note": "\n".join(found.notes),
@@ -195,6 +202,7 @@ def _print(found: "Summary", written: Sequence[Path]) -> None:
     for table in (
         tables.memory_table(found.rows),
         tables.seconds_table(found.rows),
+        tables.replaced_table(found.replaced),
         tables.failure_table(found.failures),
     ):
         if table[1]:
@@ -211,7 +219,7 @@ def _print_table(console: Any, table: "Table") -> None:
     heads, rows = table
     shown = Table(box=None, pad_edge=False, header_style="bold")
     for index, head in enumerate(heads):
-        is_text = index == 0 or head in ("card", "reason", "clients", "rounds")
+        is_text = index == 0 or head in ("card", "reason", "replaced because", "clients", "rounds")
         shown.add_column(head, overflow="fold", justify="left" if is_text else "right")
     for row in rows[:_MANY]:
         shown.add_row(*row)

@@ -171,7 +171,7 @@ def learning(curves: dict[str, dict[str, list[tuple[int, float]]]]) -> Figure | 
         axes.set_ylabel(name, fontsize=9)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         axes.legend(fontsize=8, frameon=False)
-        _plain(axes)
+        plain(axes)
     return figure
 
 
@@ -217,7 +217,7 @@ def _draw(above: Axes, below: Axes, track: Track, start_s: float, span_s: float)
     above.yaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}" if _big(track) else "{x:g}"))
     above.yaxis.set_major_locator(MaxNLocator(nbins=4))
     for axes in (above, below):
-        _plain(axes)
+        plain(axes)
     below.grid(visible=False, axis="y")
 
 
@@ -367,7 +367,8 @@ def _big(track: Track) -> bool:
     return (track.peak_mb or 0.0) >= 10
 
 
-def _plain(axes: Axes) -> None:
+def plain(axes: Axes) -> None:
+    """Take away what distracts from the data."""
     axes.grid(visible=True, color="#e3e3e3", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, color=_GREY)

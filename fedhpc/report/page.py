@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from fedhpc import __version__, words
-from fedhpc.report import tables
+from fedhpc.report import breakdown, tables
 from fedhpc.report.summary import Summary
 
 _STYLE = """
@@ -35,7 +35,13 @@ _MEMORY_WORDS = (
 _SECONDS_WORDS = (
     "Medians. Fit: from its admission until its child is gone (without memory records: start, run"
     " and return together). Wait: for a slot. Start: until the child runs the app. Run: the app's"
-    " training or evaluation. Return: the reply."
+    " training or evaluation. Return: the reply. Link: the way"
+    " between server and array task, both ways."
+)
+
+_REPLACED_WORDS = (
+    "With isolation.fits_per_process: auto a process is used for another fit only while it proves"
+    " to be as it was. These were not, after the fits counted here."
 )
 
 
@@ -62,6 +68,13 @@ def build(summary: Summary, figures: Sequence[tuple[str, bytes, str]], left_out:
         parts += [f"<h2>{escape(heading)}</h2>", _figure(png, shown)]
         if left_out and heading == "Memory":
             parts.append(f'<p class="quiet">{escape(left_out)}</p>')
+    of_time = breakdown.table(summary.rounds)
+    if of_time[1]:
+        parts += [
+            "<h2>Time in numbers</h2>",
+            _table(of_time, {0}),
+            f'<p class="quiet">{escape(breakdown.WORDS)}</p>',
+        ]
     in_numbers = tables.memory_table(summary.rows)
     if in_numbers[1]:
         parts += [
@@ -74,6 +87,12 @@ def build(summary: Summary, figures: Sequence[tuple[str, bytes, str]], left_out:
             "<h2>Seconds of a fit</h2>",
             _table(tables.seconds_table(summary.rows), {0}),
             f'<p class="quiet">{escape(_SECONDS_WORDS)}</p>',
+        ]
+    if summary.replaced:
+        parts += [
+            "<h2>Processes that were replaced</h2>",
+            _table(tables.replaced_table(summary.replaced), {1, 2, 3}),
+            f'<p class="quiet">{escape(_REPLACED_WORDS)}</p>',
         ]
     parts.append("<h2>Failures</h2>")
     if summary.failures:

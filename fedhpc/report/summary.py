@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
@@ -14,14 +14,14 @@ from fedhpc.paths import RunPaths
 from fedhpc.report import evidence, tracks
 from fedhpc.report.tracks import Track
 
-SECONDS = ("wait_s", "start_s", "run_s", "return_s")
+SECONDS = ("wait_s", "start_s", "run_s", "return_s", "link_s")
 _SOURCES = {"train": "clients, training", "evaluate_clients": "clients, evaluation",
             "evaluate": "server, evaluation"}  # fmt: skip
 
 
 @dataclass
 class Group:
-    """Failures with the same reason, but for numbers in it.
+    """Fits that failed, or whose process was replaced, for the same reason but for numbers in it.
 
     Attributes
     ----------
@@ -57,11 +57,13 @@ class Summary:
         The lines of fits.jsonl.
     failures : list of Group
         The most frequent first.
+    replaced : list of Group
+        Why processes were not kept (``fits_per_process: auto``), the most frequent first.
     tracks : list of Track
         Memory over time.
     rows : list of dict
         A row for each track, and for each array task without one: see `tracks.figures_of`, with
-        ``name``, ``card`` and the medians ``wait_s``, ``start_s``, ``run_s`` and ``return_s``.
+        ``name``, ``card`` and the medians of `SECONDS`.
     notes : list of str
         What is missing, or strange.
     start_s : float
@@ -75,6 +77,7 @@ class Summary:
     rounds: list[dict[str, Any]]
     fits: list[dict[str, Any]]
     failures: list[Group]
+    replaced: list[Group]
     tracks: list[Track]
     rows: list[dict[str, Any]]
     notes: list[str]
@@ -149,7 +152,8 @@ def collect(paths: RunPaths) -> Summary:
         manifest=_dict(files.read_json(paths.manifest)),
         rounds=_rounds(paths),
         fits=fits,
-        failures=_failures(fits),
+        failures=_groups(fit for fit in fits if not fit.get("ok", True)),
+        replaced=_groups((fit for fit in fits if fit.get("replaced")), "replaced"),
         tracks=found,
         rows=_rows(found, fits),
         notes=notes,
@@ -184,15 +188,15 @@ def _rounds(paths: RunPaths) -> list[dict[str, Any]]:
     return kept
 
 
-def _failures(fits: Sequence[dict[str, Any]]) -> list[Group]:
+def _groups(fits: Iterable[dict[str, Any]], key: str = "reason") -> list[Group]:
+    """Return fits by what their lines say under ``key``."""
     groups: dict[str, Group] = {}
     for fit in fits:
-        if not fit.get("ok", True):
-            reason = str(fit.get("reason") or "no reason given")
-            group = groups.setdefault(re.sub(r"\d+", "#", reason), Group(reason))
-            group.count += 1
-            group.clients.append(int(fit.get("client", -1)))
-            group.rounds.append(int(fit.get("round", -1)))
+        reason = str(fit.get(key) or "no reason given")
+        group = groups.setdefault(re.sub(r"\d+", "#", reason), Group(reason))
+        group.count += 1
+        group.clients.append(int(fit.get("client", -1)))
+        group.rounds.append(int(fit.get("round", -1)))
     return sorted(groups.values(), key=lambda group: -group.count)
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fedhpc import words
+from fedhpc.report import breakdown
 from fedhpc.report.summary import SECONDS, Group, Summary
 
 NOT_ENOUGH = "not enough idle moments"
@@ -37,7 +38,8 @@ def memory_table(rows: Sequence[dict[str, Any]]) -> Table:
 def seconds_table(rows: Sequence[dict[str, Any]]) -> Table:
     """Return heads and rows of the table of seconds, as text."""
     heads = ["GPU or array task", "fits", "failed",
-             "fit, s", "wait, s", "start, s", "run, s", "return, s"]  # fmt: skip
+             "fit, s", "wait, s", "start, s", "run, s", "return, s",
+             "link, s"]  # fmt: skip
     return heads, [
         [
             row["name"],
@@ -79,19 +81,26 @@ def as_dict(summary: Summary) -> dict[str, Any]:
         },
         "fits": len(summary.fits),
         "fits_failed": sum(group.count for group in summary.failures),
+        "seconds": breakdown.means(breakdown.of_server(summary.rounds)),
+        "slot_seconds": breakdown.means(breakdown.of_slots(summary.rounds)),
         "memory": summary.rows,
-        "failures": [
-            {
-                "reason": group.reason,
-                "count": group.count,
-                "clients": sorted(set(group.clients)),
-                "rounds": sorted(set(group.rounds)),
-            }
-            for group in summary.failures
-        ],
+        "failures": _listed(summary.failures),
+        "replaced": _listed(summary.replaced),
         "notes": summary.notes,
     }
     return {key: _finite(item) for key, item in value.items()}
+
+
+def _listed(groups: Sequence[Group]) -> list[dict[str, Any]]:
+    return [
+        {
+            "reason": group.reason,
+            "count": group.count,
+            "clients": sorted(set(group.clients)),
+            "rounds": sorted(set(group.rounds)),
+        }
+        for group in groups
+    ]
 
 
 def _finite(value: Any) -> Any:
@@ -104,7 +113,16 @@ def _finite(value: Any) -> Any:
 
 def failure_table(groups: Sequence[Group]) -> Table:
     """Return heads and rows of the table of failures, as text."""
-    return ["fits", "reason", "clients", "rounds"], [
+    return _group_table(groups, "reason")
+
+
+def replaced_table(groups: Sequence[Group]) -> Table:
+    """Return heads and rows of the table of processes that were not kept, as text."""
+    return _group_table(groups, "replaced because")
+
+
+def _group_table(groups: Sequence[Group], head: str) -> Table:
+    return ["fits", head, "clients", "rounds"], [
         [
             str(group.count),
             group.reason,

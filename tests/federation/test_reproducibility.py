@@ -14,10 +14,12 @@ LAYOUTS = {
     "one slot and standby children": ["isolation.slots=1", "isolation.standby=true"],
     "spawn instead of fork": ["isolation.start_method=spawn", "isolation.slots=2"],
     "processes that are kept": ["isolation.fits_per_process=0"],
+    "processes that are kept while they are clean": ["isolation.fits_per_process=auto"],
     "processes that do three fits and arrays in files": [
         "isolation.fits_per_process=3",
         "cluster.inline_mb=0",
     ],
+    "evaluation between rounds": ["federation.overlap_evaluation=false"],
     "clients pinned to array tasks": [
         "federation.placement=pinned",
         "cluster.array_tasks=2",
@@ -33,6 +35,8 @@ def test_the_final_model_is_the_same_with(
     run = submitter.run(sets)
     assert run.checksum == reference.checksum
     assert [line["round"] for line in run.metrics] == [0, 1, 2]
+    evaluated = [[line["evaluate"] for line in one.metrics] for one in (run, reference)]
+    assert evaluated[0] == evaluated[1]
     assert sorted((fit["round"], fit["client"]) for fit in run.fits) == sorted(
         (fit["round"], fit["client"]) for fit in reference.fits
     )

@@ -40,11 +40,12 @@ class Transport(InProcess):
         self.sent: list[int] = []
         self.gone: list[int] = []
         self.stalls_s: list[float] = []  # nobody is at work for so long, where anybody waits
+        self.clock_ahead_s = 0.0
         self._stood_s = 0.0
         self._together = together
 
     def clock_s(self) -> float:
-        return super().clock_s() - self._stood_s
+        return super().clock_s() - self._stood_s + self.clock_ahead_s
 
     def send(self, requests: Sequence[Request]) -> None:
         self.sent += [request.client_id for request in requests]
@@ -83,8 +84,9 @@ class Federation:
         self.paths.errors.mkdir(exist_ok=True)
         self.paths.blobs.mkdir(exist_ok=True)
         federation = {"num_clients": CLIENTS, "clients_per_round": 4, **sets.pop("federation", {})}
+        checkpoint = sets.pop("checkpoint", {"every": 0})
         raw = {"federation": federation, "cluster": sets.pop("cluster", {}), "failures": sets}
-        raw["checkpoint"] = {"every": 0}
+        raw["checkpoint"] = checkpoint
         self.config = config.parse(raw, "test")
         compat.set_identity("test")
         spec = apps.AppSpec("", "", None, [], {})
@@ -368,12 +370,12 @@ def test_replies_that_went_with_all_others_are_not_odd_when_the_accepted_are_ask
     first = Federation(tmp_path, nothing, together=6)
     # Of six too many differ for anybody to be odd; of the four that count, two are like the model.
     first.shapes = {2: (1, 2), 3: (2, 1), 4: (4,), 5: (1, 4)}
-    outcome = first.grid.exchange(messages_of(first), wanted=4, journalled=True)
+    outcome = first.grid.collect(first.grid.ask(messages_of(first), wanted=4, journalled=True))
     assert [answer.client_id for answer in outcome.accepted] == [0, 1, 2, 3]
     first.grid.journal.write(outcome)
     again = Federation(tmp_path, nothing, together=6)
     again.shapes = first.shapes
-    outcome = again.grid.exchange(messages_of(again), wanted=4, journalled=True)
+    outcome = again.grid.collect(again.grid.ask(messages_of(again), wanted=4, journalled=True))
     assert [answer.client_id for answer in outcome.accepted] == [0, 1, 2, 3]
     assert sorted(again.transport.sent) == [0, 1, 2, 3]
 

@@ -14,6 +14,7 @@ from fedhpc.cluster.submission import Submission
 from fedhpc.errors import PlatformError
 from fedhpc.federation import blobs, grid_pb2
 from fedhpc.federation.blobs import BlobStore
+from fedhpc.federation.breakdown import SlotSeconds
 from fedhpc.federation.payload import Blob
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.transport import Response
@@ -48,8 +49,9 @@ def test_a_line_of_a_round_that_is_lost_ends_the_run(
     paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(files, "append_line", refuse)
+    recorder = Recorder(paths)
     with pytest.raises(PlatformError, match="No space left"):
-        Recorder(paths).round_ended(1, {})
+        recorder.round_ended(1, {}, recorder.lap(SlotSeconds()))
 
 
 def test_the_links_never_wait_for_a_blob_that_is_removed(

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fedhpc.federation import message_ids
-from fedhpc.federation.dispatch import Action, Assign, Cancel, Dispatch, Drop, Fail, Keep
+from fedhpc.federation.actions import Action, Assign, Cancel, Drop, Fail, Keep
+from fedhpc.federation.dispatch import Dispatch
 
 LIVENESS_S = 10.0
 
@@ -72,6 +73,41 @@ def test_messages_are_assigned_in_the_order_of_submission() -> None:
         dispatch.submit(message_id, 0)
     dispatch.join(1, 0, 3, {}, 0.0)
     assert [message_id for _, message_id in assigned(dispatch.actions())] == ["c", "a", "b"]
+
+
+def test_what_takes_longest_is_assigned_first_and_equals_in_the_order_of_submission() -> None:
+    dispatch = connected(1, slots=1)
+    for message_id, expected in {"a": 1.0, "b": 3.0, "c": 1.0, "d": 3.0, "e": 2.0}.items():
+        dispatch.submit(message_id, 0, expected=expected)
+    done = []
+    while found := assigned(dispatch.actions()):
+        ((_, message_id),) = found
+        done.append(message_id)
+        dispatch.answered(1, message_id)
+    assert done == ["b", "d", "e", "a", "c"]
+
+
+def test_a_long_message_that_was_lost_comes_first_again() -> None:
+    dispatch = connected(2)
+    for message_id, expected in {"a": 1.0, "b": 2.0, "c": 1.0, "d": 3.0}.items():
+        dispatch.submit(message_id, 0, expected=expected)
+    assert assigned(dispatch.actions()) == [(1, "d"), (2, "b")]
+    dispatch.leave(1, 0.0)
+    dispatch.answered(2, "b")
+    assert assigned(dispatch.actions()) == [(2, "d")]
+
+
+def test_a_message_that_is_answered_before_its_turn_and_asked_again_is_assigned_once() -> None:
+    dispatch = connected(1)
+    for message_id in "ab":
+        dispatch.submit(message_id, 0, expected=1.0)
+    dispatch.actions()
+    assert dispatch.answered(1, "b")  # of an array task that was not asked
+    dispatch.submit("b", 0, expected=1.0)
+    dispatch.answered(1, "a")
+    assert assigned(dispatch.actions()) == [(1, "b")]
+    dispatch.answered(1, "b")
+    assert assigned(dispatch.actions()) == []
 
 
 def test_a_message_that_was_lost_comes_before_the_later_ones() -> None:
@@ -621,7 +657,7 @@ class Behaviour(RuleBasedStateMachine):
         self.submitted: list[str] = []
         self.most_connected = 0
         self.losses: dict[str, int] = {}
-        self.order: dict[str, int] = {}
+        self.order: dict[str, tuple[float, int]] = {}
         self.awake_s = self.now_s
         self.patient_until_s = 0.0
         self.awaited: set[int] = set()
@@ -763,12 +799,13 @@ class Behaviour(RuleBasedStateMachine):
         self.sequences[parts.server_round, client_id] = max(
             parts.sequence + 1, self.sequences[parts.server_round, client_id]
         )
-        self.dispatch.submit(message_id, client_id, self.fingerprint(message_id))
+        expected = float(client_id % 3)
+        self.dispatch.submit(message_id, client_id, self.fingerprint(message_id), expected)
         self.client_of[message_id] = client_id
         self.open.add(message_id)
         self.submitted.append(message_id)
         self.losses[message_id] = 0
-        self.order[message_id] = len(self.submitted)
+        self.order[message_id] = -expected, len(self.submitted)
 
     @rule(data=st.data())
     @precondition(lambda self: self.open)
@@ -968,6 +1005,11 @@ class Behaviour(RuleBasedStateMachine):
         with_somebody = set().union(*self.has.values()) if self.has else set()
         assert with_somebody <= self.open
         assert self.dispatch.running == len(with_somebody)
+
+    @invariant()
+    def the_slots_are_counted_as_they_are(self) -> None:
+        busy = sum(min(self.slots[link], len(has)) for link, has in self.has.items())
+        assert self.dispatch.occupancy() == (sum(self.slots.values()), busy)
 
     @invariant()
     def a_message_that_was_lost_too_often_is_not_tried_again(self) -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fedhpc import files, report
+from fedhpc.federation import grid_pb2
+from fedhpc.federation.recorder import Recorder
+from fedhpc.federation.transport import Response
 from fedhpc.paths import RunPaths
 from fedhpc.report import evidence, figures, page, summary, tables, tracks
 from fedhpc.report.tracks import Track
@@ -286,6 +290,28 @@ def test_an_apps_own_metrics_are_drawn_too() -> None:
     }
     lines = [{"round": 1, "evaluate": {"perplexity": 7.5, "num_examples": 3}}]
     assert summary.curves(lines) == {"perplexity": {"server, evaluation": [(1, 7.5)]}}
+
+
+def test_the_reasons_why_processes_were_replaced_are_a_table(empty: RunPaths) -> None:
+    fit = grid_pb2.Fit(replaced="threads 1 -> 3")
+    response = Response("1-0-train-0", payload=grid_pb2.Payload(), fit=fit)
+    recorder = Recorder(empty)
+    recorder.fit_ended(response, 1, 0, "train")
+    recorder.fit_ended(
+        replace(response, fit=grid_pb2.Fit(replaced="threads 1 -> 4")), 1, 1, "train"
+    )
+    recorder.fit_ended(replace(response, fit=grid_pb2.Fit()), 1, 2, "train")
+    assert [line.get("replaced") for line in files.read_lines(empty.fits)] == [
+        "threads 1 -> 3", "threads 1 -> 4", None,
+    ]  # fmt: skip
+    known = as_json(empty.root)
+    assert known["replaced"] == [
+        {"reason": "threads 1 -> 3", "count": 2, "clients": [0, 1], "rounds": [1]}
+    ]
+    assert "threads 1 -&gt; 3" in empty.report.read_text()
+    shown = call(empty.root).stdout
+    assert "replaced because" in shown
+    assert "threads 1 -> 3" in shown
 
 
 def test_failures_that_differ_in_numbers_only_are_one_group(empty: RunPaths) -> None:

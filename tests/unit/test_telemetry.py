@@ -53,6 +53,22 @@ def test_samples_are_taken_also_where_a_process_that_ends_is_always_waited_for(
     assert "sample" in kinds[kinds.index("fit") : last_fit]
 
 
+def test_tiny_fits_do_not_have_a_sample_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(telemetry, "proportional_bytes", lambda _: 1)
+    path, pool = tmp_path / "0.jsonl", Pool()
+    monkeypatch.setattr(pool, "children", lambda: {1: ""})  # kept, and idle between fits
+    begin_s = time.monotonic()
+    with sampler(path, pool) as made:
+        for _ in range(200):
+            made.ended(made.began({}, None, None), None)
+    seconds = time.monotonic() - begin_s
+    kinds = kinds_in(path)
+    assert kinds.count("fit") == 200
+    assert 1 <= kinds.count("sample") <= 5 + seconds / 0.1
+
+
 def kinds_in(path: Path) -> list[str]:
     return [json.loads(line)["kind"] for line in path.read_text().splitlines()]
 

@@ -1,7 +1,6 @@
 """Training and evaluation, against plain PyTorch and scikit-learn, on real digits."""
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -210,22 +209,43 @@ def test_a_client_without_examples_is_refused(digits: data.Dataset) -> None:
     )
 
 
-def test_determinism_changes_nothing_on_a_cpu_and_is_complete_on_a_gpu(
+def test_determinism_changes_nothing_on_a_cpu_and_on_a_gpu_nothing_that_stays(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
-    training.make_deterministic(CPU)
-    assert not torch.are_deterministic_algorithms_enabled()
-    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
-    try:
-        training.make_deterministic(torch.device("cuda"))
+    with training.deterministic_algorithms(CPU):
+        assert not torch.are_deterministic_algorithms_enabled()
+        assert torch.backends.cudnn.benchmark
+    with training.deterministic_algorithms(torch.device("cuda")):
         assert torch.are_deterministic_algorithms_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
         assert not torch.backends.cudnn.benchmark
-    finally:
-        torch.use_deterministic_algorithms(False)
-        os.environ.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.backends.cudnn.benchmark
+
+
+def test_images_that_are_normalised_ahead_train_the_same_model_as_those_of_large_partitions(
+    digits: data.Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = []
+    for limit in (training._NORMALISED_AHEAD_BYTES, 0):
+        monkeypatch.setattr(training, "_NORMALISED_AHEAD_BYTES", limit)
+        model = new_model()
+        torch.manual_seed(3)
+        fit(model, digits, epochs=2)
+        models.append(vector(model))
+    assert torch.equal(*models)
+
+
+@pytest.mark.parametrize("given", [{"foreach": False}, {"fused": True}, {"differentiable": True}])
+def test_how_an_optimizer_goes_through_the_weights_is_chosen_only_where_nobody_has(
+    given: dict[str, bool],
+) -> None:
+    weights = list(new_model().parameters())
+    chosen = training.make_optimizer(weights, "SGD", {"lr": 0.1}).defaults
+    asked = training.make_optimizer(weights, "SGD", {"lr": 0.1, **given}).defaults
+    assert chosen["foreach"] is True
+    assert asked["foreach"] is not True
+    assert asked.items() >= given.items()
 
 
 # --- evaluation ----------------------------------------------------------------------------------
