@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from fedhpc.files import read_lines
+from fedhpc.isolation.host_memory import children_of, proportional_bytes
 
 _PR_SET_CHILD_SUBREAPER = 36
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -50,6 +51,7 @@ def measure(command: list[str]) -> Measured:
     Whatever loses its parent becomes a child of this process, so that its CPU is counted too.
     """
     ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     start_s, before_s = time.monotonic(), _waited_for_s()
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
@@ -57,6 +59,9 @@ def measure(command: list[str]) -> Measured:
         try:
             code = process.wait()
             reaped = _reap_strays()
+        except BaseException:
+            _kill_all(os.getpid())
+            raise
         finally:
             watch.stop()
         wall_s = time.monotonic() - start_s
@@ -125,9 +130,9 @@ class _Watch:
             while todo:
                 parent = todo.pop()
                 unwaited = _ignores_children(parent)
-                for pid in _children(parent):
+                for pid in children_of(parent):
                     todo.append(pid)
-                    total += _proportional_bytes(pid)
+                    total += proportional_bytes([pid])
                     if unwaited:
                         self._unwaited[pid] = sum(_cpu_s(pid))
             self.peak_bytes = max(self.peak_bytes, total)
@@ -144,10 +149,17 @@ def _reap_strays() -> set[int]:
                 reaped.add(pid)
                 continue
             if time.monotonic() > deadline_s:
-                for stray in _children(os.getpid()):
-                    os.kill(stray, signal.SIGKILL)
+                _kill_all(os.getpid())
             time.sleep(0.01)
     return reaped
+
+
+def _kill_all(parent: int) -> None:
+    """Kill what comes from a process."""
+    for pid in children_of(parent):
+        _kill_all(pid)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _waited_for_s() -> float:
@@ -155,24 +167,11 @@ def _waited_for_s() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def _children(pid: int) -> list[int]:
-    found = []
-    with contextlib.suppress(OSError):  # it may have ended
-        for task in Path(f"/proc/{pid}/task").iterdir():
-            with contextlib.suppress(OSError):
-                found += map(int, (task / "children").read_text().split())
-    return found
-
-
 def _ignores_children(pid: int) -> bool:
     """Return whether a process ignores SIGCHLD: then nobody is told what its children used."""
     return bool(
         int(field_of(f"/proc/{pid}/status", "SigIgn:") or "0", 16) >> signal.SIGCHLD - 1 & 1
     )
-
-
-def _proportional_bytes(pid: int) -> int:
-    return 1024 * int(field_of(f"/proc/{pid}/smaps_rollup", "Pss:") or 0)
 
 
 def own_cpu_s(pid: int) -> float:

@@ -152,8 +152,8 @@ def _in_new_process(module: str, run_dir: Path, rounds: int) -> tuple[list[float
 def _report(runs: dict[str, list[Run]], cohort: int) -> None:
     print(
         f"\n{os.cpu_count()} cores; median (min to max)\n"
-        f"{'':<6}  {'steady round / bare':<21}{'ms a fit':<22}{'whole run, s':<22}"
-        f"{'its CPU, s':<22}{'its memory, MB'}"
+        f"{'':<6}  {'steady round / bare':<26}{'ms a fit':<26}{'whole run, s':<26}"
+        f"{'its CPU, s':<26}{'its memory, MB'}"
     )
     columns: list[tuple[int, Callable[[Run], float]]] = [
         (2, lambda run: run.round_s / run.bare_round_s),
@@ -164,7 +164,7 @@ def _report(runs: dict[str, list[Run]], cohort: int) -> None:
     ]
     for mode, found in runs.items():
         cells = [_spread([value(run) for run in found], digits) for digits, value in columns]
-        print(f"{mode:<6}  " + "".join(f"{cell:<22}" for cell in cells).rstrip())
+        print(f"{mode:<6}  " + "".join(f"{cell:<26}" for cell in cells).rstrip())
     for peer in ("ray", "spawn"):
         for mode in runs if peer in runs else ():
             if mode == peer or mode == "spawn":

@@ -36,6 +36,7 @@ HERE = Path(__file__).parent
 _SLOTS = 2  # of each array task
 _INTERVAL_S = 0.05
 _LIMIT_S = 300.0
+_BYTES = 2_000_000_000  # of replies in a cell
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ class Cell:
         """How many rounds show a steady state."""
         if self.real:
             return max(6, 4_000 // self.cohort)
-        return max(4, min(200, 4_000 // self.cohort))
+        bytes_a_round = 4 * self.numbers * self.cohort
+        return max(4, min(200, 4_000 // self.cohort, _BYTES // bytes_a_round))
 
 
 @dataclass(frozen=True)

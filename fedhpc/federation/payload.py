@@ -141,7 +141,8 @@ def _bare_data(array: Array) -> tuple[str, memoryview]:
         return "", data
     if array.stype != "numpy.ndarray" or descr not in _DTYPES:
         return "", data
-    # numpy's own parser of the header is not for two threads at a time (in Python 3.11).
+    # Compared, not parsed: numpy parses it with `ast`, which fails at times if two threads do that
+    # at once (https://github.com/python/cpython/issues/106905).
     header = npy_header(descr, tuple(array.shape))
     size = len(header) + np.dtype(descr).itemsize * math.prod(array.shape)
     is_plain = len(data) == size and data[: len(header)] == header

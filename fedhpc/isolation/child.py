@@ -61,7 +61,7 @@ class Child:
     options : dict
         ``prepare``: "module:function" to call before the first call, or None; ``prepare_arg``: its
         argument; ``prepare_now``: whether before there is a slot; ``fits``: calls to answer, 0: no
-        limit, "auto": as long as it is `Cleanliness.changes` that there are none;
+        limit, "auto": as long as it is clean (`cleanliness`);
         ``threads``: of torch; ``learn``: whether to tell what could be preloaded; ``env``:
         environment of the slot; ``refuse``: what to answer to every call, or "".
     """
@@ -107,11 +107,9 @@ class Child:
                 or ("error" in reply and (cuda.is_initialised() or self._proves_itself()))
                 or self._is_in_the_way()
             )
-            if not last and self._cleanliness is not None:
-                reply["replaced"] = _clip(
-                    "; ".join(self._cleanliness.changes(reply_fds)), _MAX_ERROR
-                )
-                last = bool(reply["replaced"])
+            if not last and (changes := self._changes(reply_fds)):
+                reply["replaced"] = changes
+                last = True
             reply["last"] = last
             if last:
                 self._release_cores()

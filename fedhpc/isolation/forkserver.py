@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedhpc.isolation import channel, child, cuda, preloading
+from fedhpc.isolation import channel, child, cuda, host_memory, preloading
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MADV_COLLAPSE = 25
@@ -291,7 +291,7 @@ class ForkServer:
                 channel.send(self._control, {"event": "exited", "number": number, "code": code})
 
     def _kill_orphans(self) -> None:
-        for pid in _children_of(self._pid):
+        for pid in host_memory.children_of(self._pid):
             if pid not in self._live:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
@@ -313,19 +313,6 @@ def _kill_group(pid: int) -> None:
     for kill in (os.killpg, os.kill):  # a child that was just forked has no group yet
         with contextlib.suppress(ProcessLookupError, PermissionError):
             kill(pid, signal.SIGKILL)
-
-
-def _children_of(pid: int) -> list[int]:
-    listing = Path(f"/proc/{pid}/task/{pid}/children")
-    with contextlib.suppress(OSError):
-        return [int(entry) for entry in listing.read_text().split()]
-    children = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):  # kernels without CONFIG_PROC_CHILDREN
-        with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
-            if int(fields[1]) == pid:
-                children.append(int(stat.parent.name))
-    return children
 
 
 if __name__ == "__main__":

@@ -30,6 +30,11 @@ def _tells_children() -> bool:
     return Path(f"/proc/self/task/{os.getpid()}/children").exists()
 
 
+def children_of(pid: int) -> list[int]:
+    """Return the live processes that a process has started itself."""
+    return _children(pid) if _tells_children() else _all_children().get(pid, [])
+
+
 def _children(pid: int) -> list[int]:
     found: list[int] = []
     with contextlib.suppress(OSError):  # it has just ended

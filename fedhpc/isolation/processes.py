@@ -286,7 +286,8 @@ def _gone(child: Child, admitted: dict[str, Any] | None) -> None:
         return
     child.exited.wait(_EXIT_TIMEOUT_S)
     on_gpu = bool(child.env["CUDA_VISIBLE_DEVICES"])  # there the next one is not made in advance
-    if (child.kept and child.exit_code == 0) or (
+    # Whoever was kept may also have been killed meanwhile, which no call is to blame for.
+    if (child.kept and child.exit_code is not None) or (
         on_gpu and child.exit_code == EXIT_CUDA_BEFORE_SLOT
     ):
         raise _Left

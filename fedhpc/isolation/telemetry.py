@@ -24,7 +24,7 @@ _OWN_INTERVAL_S = 5.0
 _LIMITED_INTERVAL_S = 0.2  # where a child may have to be killed
 _LONGER_THAN_A_SAMPLE = 4
 _IDLE_INTERVAL_S = 0.1  # between samples of moments in which nothing runs
-_LONGER_THAN_AN_IDLE_SAMPLE = 10  # as tiny fits would have one each
+_LONGER_THAN_AN_IDLE_SAMPLE = 40  # tiny fits would have one each; kept children cost 5 ms each
 _GONE_S = 2.0
 
 
@@ -212,9 +212,13 @@ class Sampler:
         """Write lines as they come, all that have come meanwhile at once."""
         failing = False
         lines: list[dict[str, Any]] = []
-        while (line := self._lines.get()) is not None:
-            lines.append(line)
-            if not self._lines.empty():
+        line: dict[str, Any] | None = {}
+        while line is not None:
+            if (line := self._lines.get()) is not None:
+                lines.append(line)
+                if not self._lines.empty():
+                    continue
+            if not lines:
                 continue
             try:
                 files.append_line(self._path, *lines, patience_s=0.0)

@@ -3,6 +3,7 @@
 import subprocess
 from pathlib import Path
 
+import pytest
 from slurm_support import LONG, Cluster, SlurmSubmitter, all_ended, hosts_of, jobs_of, seconds_until
 from support import DIGITS, REPOSITORY, Run, Submitter, eventually
 
@@ -59,6 +60,7 @@ def test_an_array_larger_than_the_cluster_finishes_and_leaves_nothing_pending(
     assert seconds_until(lambda: not submitter.queue(), 20) < 10
 
 
+@pytest.mark.timeout(400)
 def test_nodes_that_go_down_in_the_middle_change_nothing(
     submitter: SlurmSubmitter, cluster: Cluster, long_reference: Run
 ) -> None:
