@@ -93,7 +93,6 @@ class Echo:
             )
             async with self._gate:
                 await self._write(call, [grid_pb2.FromArrayTask(hello=hello)])
-                await call.read()  # the welcome
             turn = asyncio.Lock()  # gRPC takes one write at a time
             beat = asyncio.create_task(self._keep_alive(call, turn))
             blobs: dict[str, bytearray] = {}
