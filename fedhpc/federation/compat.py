@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, MutableMapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from flwr.clientapp.typing import Mod
 from flwr.common.config import flatten_dict, get_project_config
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import (
+    array_record_from_proto,
     message_from_proto,
     message_to_proto,
     recorddict_from_proto,
     recorddict_to_proto,
 )
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.recorddict_pb2 import ArrayRecord as ProtoArrayRecord
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
 from flwr.serverapp.strategy import FedAvg, Strategy
 from flwr.serverapp.strategy.strategy_utils import (
@@ -75,8 +78,26 @@ def message_to_bytes(message: Message) -> bytes:
 
 
 def message_from_bytes(data: bytes) -> Message:
-    """Decode a message."""
-    return message_from_proto(ProtoMessage.FromString(data))
+    """Decode a message; its ArrayRecords are not to be changed, only replaced.
+
+    They are those of other messages with the same ones, as to decode them takes most of the time,
+    and a cohort's replies all have the same names, types and shapes (and no data: see `payload`).
+    """
+    encoded = ProtoMessage.FromString(data)
+    skeletons: dict[str, ArrayRecord] = {}
+    for item in encoded.content.items:
+        if item.HasField("array_record"):
+            skeletons[item.key] = _array_record(item.array_record.SerializeToString())
+            item.array_record.Clear()
+    message = message_from_proto(encoded)
+    for name, arrays in skeletons.items():
+        message.content[name] = arrays
+    return message
+
+
+@lru_cache(maxsize=16)
+def _array_record(encoded: bytes) -> ArrayRecord:
+    return array_record_from_proto(ProtoArrayRecord.FromString(encoded))
 
 
 def content_of(message: bytes) -> bytes:

@@ -375,6 +375,18 @@ def test_a_message_travels_whole() -> None:
     assert_same(got.content.array_records["arrays"], sent.content.array_records["arrays"])
 
 
+def test_messages_with_the_same_names_and_shapes_are_not_mixed_up() -> None:
+    first, second = (
+        unpacked(payload.pack(message(record(a=np.full(3, value))), None, ArrayCache()))[0]
+        for value in (1.0, 2.0)
+    )
+    first.content.array_records["arrays"]["b"] = Array(np.zeros(1))
+    del first.content.array_records["arrays"]["a"]
+    assert_same(second.content.array_records["arrays"], record(a=np.full(3, 2.0)))
+    third, _ = unpacked(payload.pack(message(record(a=np.full(3, 3.0))), None, ArrayCache()))
+    assert_same(third.content.array_records["arrays"], record(a=np.full(3, 3.0)))
+
+
 def test_packing_does_not_change_the_message() -> None:
     sent = message()
     before = sent.content.array_records["arrays"]
