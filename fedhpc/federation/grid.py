@@ -356,7 +356,7 @@ class HpcGrid(Grid):
         packed.payload.client_id = client_id
         packed.payload.seed = seeds.derive(self.seed, *key, sequence)
         expected = self._estimates.expected(metadata.message_type, client_id)
-        request = Request(message_id, client_id, packed, expected)
+        request = Request(message_id, client_id, packed, expected, anywhere=is_mean)
         self._open[message_id] = _Open(message, server_round, client_id, request)
         return request
 

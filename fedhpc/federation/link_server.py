@@ -131,9 +131,8 @@ class LinkServer:
             for request in requests:
                 self._requests[request.message_id] = request
                 fingerprint = request.packed.fingerprint()
-                self._machine.submit(
-                    request.message_id, request.client_id, fingerprint, request.expected
-                )
+                client_id = None if request.anywhere else request.client_id
+                self._machine.submit(request.message_id, client_id, fingerprint, request.expected)
             self._act()
 
         self._loop.call_soon_threadsafe(submit)
@@ -310,7 +309,7 @@ class LinkServer:
                 return
 
     def _take(self, peer: Peer, events: _Events) -> None:
-        """Do what an array task says, and what is to be done then."""
+        """Note what an array task says, and do what is to be done then."""
         for event in events:
             if event.HasField("chunk"):
                 peer.take_chunk(event.chunk, max(self._options.inline_bytes, link.CHUNK))
@@ -327,6 +326,7 @@ class LinkServer:
                 self._machine.hand_back(peer.number, back.message_id, back.reason)
             elif event.HasField("goodbye"):
                 peer.goodbye = event.goodbye.reason
+                return  # it is given nothing more
         if not all(event.HasField("chunk") for event in events):
             self._act()
 

@@ -79,9 +79,9 @@ class Peer:
     _arrived: dict[str, memoryview] = field(default_factory=dict)
 
     async def gather(self) -> list[grid_pb2.ToArrayTask | None]:
-        """Wait for something to write; return all that there is."""
+        """Wait for something to write; return all that there is, up to the None at the end."""
         found = [await self.outgoing.get()]
-        while not self.outgoing.empty():
+        while found[-1] is not None and not self.outgoing.empty():
             found.append(self.outgoing.get_nowait())
         return found
 
