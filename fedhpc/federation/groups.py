@@ -10,7 +10,15 @@ group's total weight: Flower's own code makes both kinds of mean.
 import math
 from typing import TYPE_CHECKING
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import (
+    ArrayRecord,
+    ConfigRecord,
+    Context,
+    Message,
+    MetricRecord,
+    MetricRecordValues,
+    RecordDict,
+)
 from flwr.serverapp.strategy import (
     FedAdagrad,
     FedAdam,
@@ -101,6 +109,8 @@ def means(
     if not answers:
         return errors
     compat.check_consistency([answer.reply.content for answer in answers], weighted_by)
+    # A group without any weight has no mean. If nobody has weight Flower's own error says so.
+    answers = [answer for answer in answers if _weight(answer, weighted_by)] or answers
     questions = [_question(group, weighted_by, server_round) for group in _cut(answers)]
     found = grid.send_on(questions, timeout=timeout_s)
     if len(found.accepted) < len(questions):
@@ -110,6 +120,11 @@ def means(
             f" groups of clients could not be averaged: {reason}"
         )
     return [*errors, *found.replies]
+
+
+def _weight(answer: Answer, weighted_by: str) -> MetricRecordValues:
+    (metrics,) = answer.reply.content.metric_records.values()
+    return metrics[weighted_by]
 
 
 def _cut(answers: list[Answer]) -> list[list[Answer]]:

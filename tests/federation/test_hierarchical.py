@@ -62,6 +62,7 @@ def test_the_model_made_in_groups_is_the_flat_one_but_for_the_last_bits(
         np.testing.assert_allclose(found[name], expected[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.timeout(400)
 def test_the_model_made_in_groups_is_the_same_when_an_array_task_is_killed(
     submitter: Submitter,
 ) -> None:

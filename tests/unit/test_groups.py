@@ -87,6 +87,16 @@ def test_whose_reply_does_not_count_is_in_no_group(tmp_path: Path) -> None:
     assert grouped.lines[0]["failures"] == 2
 
 
+def test_clients_without_examples_change_nothing_even_if_they_are_a_group(tmp_path: Path) -> None:
+    models = []
+    for aggregation in ("flat", "hierarchical"):
+        sets = {"clients_per_round": CLIENTS, "aggregation": aggregation}
+        federation = Federation(tmp_path / aggregation, nothing, federation=sets)
+        federation.examples = {0: 0, 1: 0, 2: 0}  # groups have three
+        models.append(federation.run())
+    assert models[1] == pytest.approx(models[0])
+
+
 def test_replies_that_were_kept_and_not_needed_leave_no_file(tmp_path: Path) -> None:
     sets = {"retry": 0, "min_completed": 1, "on_too_few": "skip_round"}
     federation = Federation(
