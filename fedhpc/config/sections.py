@@ -115,7 +115,8 @@ class Federation(Section):
     aggregation: Literal["flat", "hierarchical"] = Field(
         "flat",
         description="flat: the server averages the replies; hierarchical: array tasks average"
-        " groups of clients, the server the groups; for strategies that average all replies",
+        " groups of clients, the server the groups; for strategies that average all replies (an"
+        " app that runs its own rounds, without a strategy's start(), averages as it does)",
     )
     round_timeout_s: Seconds = Field(
         3600,
