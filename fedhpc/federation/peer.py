@@ -131,6 +131,10 @@ class Peer:
 
     def response(self, result: grid_pb2.Result, held_s: float) -> Response:
         """Return the response in a result that was here for so long; its blobs are forgotten."""
+        # Copies, as a part of a batch keeps all of it in memory, the arrays that came with it too.
+        failure, fit = grid_pb2.Failure(), grid_pb2.Fit()
+        failure.CopyFrom(result.failure)
+        fit.CopyFrom(result.fit)
         failed = result.HasField("failure")
         digests = {blob.digest for blob in result.blobs if not blob.in_file}
         return Response(
@@ -138,8 +142,8 @@ class Peer:
             payload=None if failed else grid_pb2.Payload.FromString(result.payload),
             blobs={digest: self._arrived.pop(digest) for digest in digests},
             files={blob.digest: blob.size for blob in result.blobs if blob.in_file},
-            failure=result.failure if failed else None,
-            fit=result.fit if result.HasField("fit") else None,
+            failure=failure if failed else None,
+            fit=fit if result.HasField("fit") else None,
             array_task=self.hello.array_task,
             host=self.hello.host,
             held_s=held_s,
