@@ -301,7 +301,8 @@ class Dispatch:
             pin = self._changed.pop()
             if pin is None:
                 self._assign_to(self._waiting[pin], None)
-                self._move_on()
+                if not self._pinned:
+                    self._move_on()
             elif waiting := self._waiting.get(pin):
                 self._assign_to(waiting, self.links_of(pin))
 
@@ -339,8 +340,10 @@ class Dispatch:
 
     def _is_long(self, waiting: _Queue, eligible: list[int] | None) -> bool:
         """Return whether more messages wait than the other links that may run them have slots."""
+        if self._pinned:
+            return eligible is not None
         links = len(self._links)
-        return eligible is not None or len(waiting) * links > self._occupancy.slots * (links - 1)
+        return len(waiting) * links > self._occupancy.slots * (links - 1)
 
     def _move_on(self) -> None:
         """Move messages that are ahead of their turn to slots that are free, as no others wait."""

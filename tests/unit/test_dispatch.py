@@ -806,6 +806,7 @@ class Behaviour(RuleBasedStateMachine):
 
     def assert_that_others_have_enough(self, action: Assign) -> None:
         if self.placement == "pinned":
+            assert self.pin(action.message_id) is not None, "another slot may be free first"
             return
         for link, slots in self.slots.items():
             assert len(self.has[link]) + len(self.offers[link]) >= slots, "a slot is free"
