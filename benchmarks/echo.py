@@ -9,6 +9,7 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import grpc
@@ -84,38 +85,43 @@ class Echo:
         async with grpc.aio.secure_channel(address, credentials, options) as channel:
             call = channel.stream_stream(
                 link.METHOD,
-                request_serializer=grid_pb2.FromArrayTask.SerializeToString,
-                response_deserializer=grid_pb2.ToArrayTask.FromString,
+                request_serializer=grid_pb2.BatchFromArrayTask.SerializeToString,
+                response_deserializer=grid_pb2.BatchToArrayTask.FromString,
             )()
             hello = grid_pb2.Hello(
                 run_id=self._paths.run_id, array_task=number, slots=self._slots, host="echo"
             )
             async with self._gate:
-                await call.write(grid_pb2.FromArrayTask(hello=hello))
-                await call.read()  # the welcome
+                await self._write(call, [grid_pb2.FromArrayTask(hello=hello)])
             turn = asyncio.Lock()  # gRPC takes one write at a time
             beat = asyncio.create_task(self._keep_alive(call, turn))
             blobs: dict[str, bytearray] = {}
             try:
                 while True:
-                    event = await call.read()
-                    if event is grpc.aio.EOF or event.HasField("finish"):
+                    batch = await call.read()
+                    if batch is grpc.aio.EOF:
                         return
-                    self.received += event.ByteSize()
-                    if event.HasField("chunk"):
-                        blobs.setdefault(event.chunk.digest, bytearray()).extend(event.chunk.data)
-                    elif event.HasField("release"):
-                        for digest in event.release.digests:
-                            blobs.pop(digest, None)
-                    elif event.HasField("work"):
-                        async with turn:
-                            await self._answer(call, event.work, blobs)
+                    self.received += batch.ByteSize()
+                    answers: list[grid_pb2.FromArrayTask] = []
+                    for event in batch.events:
+                        if event.HasField("finish"):
+                            return
+                        if event.HasField("chunk"):
+                            blob = blobs.setdefault(event.chunk.digest, bytearray())
+                            blob.extend(event.chunk.data)
+                        elif event.HasField("release"):
+                            for digest in event.release.digests:
+                                blobs.pop(digest, None)
+                        elif event.HasField("work"):
+                            answers += self._answers(event.work, blobs)
+                    async with turn:
+                        await self._write(call, answers)
             finally:
                 beat.cancel()
 
-    async def _answer(
-        self, call: grpc.aio.StreamStreamCall, work: grid_pb2.Work, blobs: dict[str, bytearray]
-    ) -> None:
+    def _answers(
+        self, work: grid_pb2.Work, blobs: dict[str, bytearray]
+    ) -> Iterator[grid_pb2.FromArrayTask]:
         asked = grid_pb2.Payload.FromString(work.payload)
         message = compat.message_from_bytes(asked.message)
         (arrays,) = asked.arrays
@@ -134,19 +140,21 @@ class Echo:
             path.hardlink_to(self._paths.blob(blob.digest))
         else:
             for chunk in link.chunks(blob.digest, [blobs[blob.digest]]):
-                await self._write(call, grid_pb2.FromArrayTask(chunk=chunk))
-        await self._write(call, grid_pb2.FromArrayTask(result=result))
+                yield grid_pb2.FromArrayTask(chunk=chunk)
+        yield grid_pb2.FromArrayTask(result=result)
 
-    async def _write(self, call: grpc.aio.StreamStreamCall, event: grid_pb2.FromArrayTask) -> None:
-        self.sent += event.ByteSize()
-        await call.write(event)
+    async def _write(
+        self, call: grpc.aio.StreamStreamCall, events: Iterable[grid_pb2.FromArrayTask]
+    ) -> None:
+        for batch in link.batches(grid_pb2.BatchFromArrayTask, events):
+            self.sent += batch.ByteSize()
+            await call.write(batch)
 
     async def _keep_alive(self, call: grpc.aio.StreamStreamCall, turn: asyncio.Lock) -> None:
         while True:
             await asyncio.sleep(3)
-            heartbeat = grid_pb2.FromArrayTask(heartbeat=grid_pb2.Heartbeat())
             async with turn:
-                await call.write(heartbeat)
+                await self._write(call, [grid_pb2.FromArrayTask(heartbeat=grid_pb2.Heartbeat())])
 
 
 def run(run_dir: Path, links: int, slots: int) -> None:

@@ -306,6 +306,17 @@ def map_whole(path: Path, size: int | None = None, timeout_s: float = 30.0) -> m
         os.close(fd)
 
 
+def unload(data: memoryview) -> None:
+    """Let the pages of a mapped file leave this process's memory; what is mapped stays readable.
+
+    All of them, as the kernel maps some more around each that is touched. Other memory is left
+    alone.
+    """
+    mapping = data.obj
+    if isinstance(mapping, mmap.mmap) and len(mapping):
+        mapping.madvise(mmap.MADV_DONTNEED)
+
+
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's content, as 64 hex digits."""
     with path.open("rb") as file:

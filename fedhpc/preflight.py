@@ -96,12 +96,13 @@ def _load_quietly(findings: Findings, load: Callable[[Any], Any], spec: Any) -> 
 
 
 def _check_builtin(resolved: config.Config, paths: RunPaths, findings: Findings) -> None:
-    from fedhpc.federation import strategies
+    from fedhpc.federation import groups, strategies
     from fedhpc.learning import models, training
 
     federation, spec = resolved.federation, resolved.data
     with findings.collect():
-        strategies.build(resolved.strategy, federation)
+        strategy = strategies.build(resolved.strategy, federation)
+        groups.are_wanted(federation, strategy)
     with findings.collect():
         optimizer = resolved.training.optimizer
         training.make_optimizer([_parameter()], optimizer.name, optimizer.params)

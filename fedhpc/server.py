@@ -29,8 +29,9 @@ from fedhpc.federation import apps, certificates, compat, dispatch, fit, plain
 from fedhpc.federation.checkpoint import CheckpointStore
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.inprocess import InProcess
-from fedhpc.federation.link_server import LinkOptions, LinkServer
+from fedhpc.federation.link_server import LinkServer
 from fedhpc.federation.payload import encode_arrays
+from fedhpc.federation.peer import LinkOptions
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.rounds import Rounds
 from fedhpc.federation.states import ClientStates
@@ -215,6 +216,7 @@ class Server:
             num_clients=self._config.federation.num_clients,
             seed=self._config.seed,
             states=ClientStates(self._paths, state_bytes, self._checkpoints.refers_to),
+            inline_bytes=int(self._config.cluster.inline_mb * 1e6),
             retry=self._config.failures.retry,
         )
         compat.set_identity(self._paths.run_id)

@@ -112,6 +112,12 @@ class Federation(Section):
     placement: Literal["any", "pinned"] = Field(
         "any", description="any: an array task trains any client; pinned: client k on task k mod T"
     )
+    aggregation: Literal["flat", "hierarchical"] = Field(
+        "flat",
+        description="flat: the server averages the replies; hierarchical: array tasks average"
+        " groups of clients, the server the groups; for strategies that average all replies (an"
+        " app that runs its own rounds, without a strategy's start(), averages as it does)",
+    )
     round_timeout_s: Seconds = Field(
         3600,
         description="deadline of a round's fits, in seconds in which array tasks are connected",
@@ -362,7 +368,11 @@ class Cluster(JobOptions):
         15, description="silence after which an array task counts as lost"
     )
     inline_mb: Number = Field(
-        32, ge=0, le=1024, description="larger arrays travel as files of the run folder"
+        32,
+        ge=0,
+        le=1024,
+        description="larger arrays travel as files of the run folder; so do smaller ones of replies"
+        " where a cohort's would be more than 1 GB together",
     )
     state_mb: Number = Field(
         256, ge=0, description="client states above this total are kept as files of the run folder"

@@ -1,11 +1,13 @@
 """The blobs that the server's open messages refer to, in memory or as files."""
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from fedhpc.federation import grid_pb2
 from fedhpc.federation.payload import Blob, BytesLike
-from fedhpc.files import remove, write_atomic
+from fedhpc.files import persist, remove, write_atomic
 from fedhpc.paths import RunPaths
 
 
@@ -31,9 +33,11 @@ class BlobStore:
     def add(self, blobs_of: Mapping[str, Sequence[Blob]]) -> list[str]:
         """Add the blobs of messages; return the digests of blobs that nobody refers to any more."""
         new = {blob.digest: blob for blobs in blobs_of.values() for blob in blobs}
-        for digest, blob in new.items():
-            if self._is_file(blob) and digest not in self._blobs:
-                write_atomic(self._paths.blob(digest), blob.parts)
+        for digest in new.keys() & self._blobs.keys():  # it stays where it is
+            del new[digest]
+        for blob in new.values():
+            if self._is_file(blob):
+                self._write(blob)
         with self._lock:
             self._blobs.update(new)
             for message_id, blobs in blobs_of.items():
@@ -55,6 +59,11 @@ class BlobStore:
             for digest in self._digests_of.pop(message_id, ()):
                 self._users[digest].discard(message_id)
 
+    def remove_all(self) -> None:
+        """Remove every file, those of results that came late or twice too."""
+        for path in list(self._paths.blobs.iterdir()):
+            remove(path)
+
     def parts(self, digest: str) -> list[BytesLike]:
         """Return the bytes of a blob."""
         with self._lock:
@@ -62,7 +71,16 @@ class BlobStore:
 
     def describe(self, blob: Blob) -> grid_pb2.Blob:
         """Return what an array task needs to find the blob."""
-        return grid_pb2.Blob(digest=blob.digest, size=blob.size, in_file=self._is_file(blob))
+        with self._lock:
+            in_file = self._is_file(self._blobs[blob.digest])
+        return grid_pb2.Blob(digest=blob.digest, size=blob.size, in_file=in_file)
+
+    def _write(self, blob: Blob) -> None:
+        path = self._paths.blob(blob.digest)
+        if blob.path is not None and blob.path.exists():  # else it has been moved, and removed
+            persist(partial(os.replace, blob.path, path), f"move {blob.path}")
+        else:
+            write_atomic(path, blob.parts)
 
     def _is_file(self, blob: Blob) -> bool:
-        return blob.size > self._inline_bytes
+        return blob.size > self._inline_bytes or blob.path is not None

@@ -1,25 +1,33 @@
 """The one place that touches what Flower keeps internal. Written against flwr 1.41."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, Error, Message, RecordDict
+from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
 from flwr.client.mod.utils import make_ffn
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
 from flwr.common.config import flatten_dict, get_project_config
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import (
+    array_record_from_proto,
     message_from_proto,
     message_to_proto,
     recorddict_from_proto,
     recorddict_to_proto,
 )
 from flwr.proto.message_pb2 import Message as ProtoMessage
+from flwr.proto.recorddict_pb2 import ArrayRecord as ProtoArrayRecord
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import FedAvg, Strategy
+from flwr.serverapp.strategy.strategy_utils import (
+    aggregate_arrayrecords,
+    aggregate_metricrecords,
+    validate_message_reply_consistency,
+)
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -70,8 +78,26 @@ def message_to_bytes(message: Message) -> bytes:
 
 
 def message_from_bytes(data: bytes) -> Message:
-    """Decode a message."""
-    return message_from_proto(ProtoMessage.FromString(data))
+    """Decode a message; its ArrayRecords are not to be changed, only replaced.
+
+    They are those of other messages with the same ones, as to decode them takes most of the time,
+    and a cohort's replies all have the same names, types and shapes (and no data: see `payload`).
+    """
+    encoded = ProtoMessage.FromString(data)
+    skeletons: dict[str, ArrayRecord] = {}
+    for item in encoded.content.items:
+        if item.HasField("array_record"):
+            skeletons[item.key] = _array_record(item.array_record.SerializeToString())
+            item.array_record.Clear()
+    message = message_from_proto(encoded)
+    for name, arrays in skeletons.items():
+        message.content[name] = arrays
+    return message
+
+
+@lru_cache(maxsize=16)
+def _array_record(encoded: bytes) -> ArrayRecord:
+    return array_record_from_proto(ProtoArrayRecord.FromString(encoded))
 
 
 def content_of(message: bytes) -> bytes:
@@ -99,6 +125,13 @@ def without_data(arrays: ArrayRecord) -> ArrayRecord:
     return ArrayRecord(
         {key: Array(a.dtype, tuple(a.shape), a.stype, b"") for key, a in arrays.items()}
     )
+
+
+def record_over(arrays: MutableMapping[str, Array]) -> ArrayRecord:
+    """Return a record that holds arrays in this mapping, in place of a dict of its own."""
+    record = ArrayRecord()
+    record.__dict__["_data"] = arrays
+    return record
 
 
 def skeleton_to_bytes(arrays: ArrayRecord) -> bytes:
@@ -133,3 +166,38 @@ def read_app_folder(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
 def replace_strategy_start(loop: Callable[..., Any]) -> None:
     """Make every strategy that does not override ``start`` run this loop instead of Flower's."""
     Strategy.start = loop  # type: ignore[method-assign]
+
+
+def averages_metrics(strategy: FedAvg) -> bool:
+    """Return whether a strategy's metrics of training are Flower's weighted mean."""
+    return strategy.train_metrics_aggr_fn is aggregate_metricrecords
+
+
+def check_consistency(replies: list[RecordDict], weighted_by: str) -> None:
+    """Check what FedAvg checks before it averages; the data of arrays are not read.
+
+    Raises
+    ------
+    InconsistentMessageReplies
+        Flower's, as it says it.
+    """
+    validate_message_reply_consistency(replies, weighted_by, check_arrayrecord=True)
+
+
+def weighted_mean(replies: list[RecordDict], weighted_by: str) -> RecordDict:
+    """Return the mean of replies as FedAvg makes it, with their total weight.
+
+    Parameters
+    ----------
+    replies : list of RecordDict
+        Each with one ArrayRecord and one MetricRecord.
+    weighted_by : str
+        The metric that is the weight.
+    """
+    (arrays_key,) = replies[0].array_records
+    (metrics_key,) = replies[0].metric_records
+    weights: list[Any] = [reply.metric_records[metrics_key][weighted_by] for reply in replies]
+    metrics = MetricRecord({weighted_by: sum(weights)})
+    metrics.update(aggregate_metricrecords(replies, weighted_by))
+    arrays = aggregate_arrayrecords(replies, weighted_by)
+    return RecordDict({arrays_key: arrays, metrics_key: metrics})

@@ -1,6 +1,7 @@
 """What Flower's strategies and clients write into the records of messages, by convention."""
 
 from flwr.app import Message
+from flwr.serverapp.strategy import FedAvg, Strategy
 
 
 def round_of(message: Message) -> int:
@@ -20,3 +21,10 @@ def examples_of(reply: Message) -> float | None:
         if isinstance(found, int | float):
             return float(found)
     return None
+
+
+def averages(strategy: Strategy) -> bool:
+    """Return whether a strategy, or the one that it wraps, refuses metrics of different names."""
+    while isinstance(inner := getattr(strategy, "strategy", None), Strategy):
+        strategy = inner
+    return isinstance(strategy, FedAvg)

@@ -136,7 +136,7 @@ class Dispatch:
         self._patient_until_s = until_s
 
     def submit(
-        self, message_id: str, client_id: int, fingerprint: str = "", expected: float = 0.0
+        self, message_id: str, client_id: int | None, fingerprint: str = "", expected: float = 0.0
     ) -> None:
         """Add a message that wants one answer.
 
@@ -144,8 +144,8 @@ class Dispatch:
         ----------
         message_id : str
             The same for the same fit in every attempt of the server.
-        client_id : int
-            The one that is asked.
+        client_id : int or None
+            The one that is asked; None for work that any array task may do.
         fingerprint : str
             Of what is asked; an offer with another one is no answer.
         expected : float
@@ -158,7 +158,7 @@ class Dispatch:
         """
         if message_id in self._messages:
             raise ValueError(f"message {message_id} is open already")
-        pin = client_id % self._array_tasks if self._pinned else None
+        pin = client_id % self._array_tasks if self._pinned and client_id is not None else None
         message = _Message(message_id, (-expected, self._orders), pin, fingerprint)
         self._messages[message_id] = message
         self._wait_in_order(message)
@@ -288,7 +288,7 @@ class Dispatch:
         """Count the slots of a link anew, after whatever may have changed them."""
         if link := self._links.get(number):
             self._occupancy.count(number, link, len(self._offers.of(number)))
-            self._changed.add(link.array_task if self._pinned else None)
+            self._changed |= {link.array_task, None} if self._pinned else {None}
 
     def _assign(self) -> None:
         if not self._started or self._awaited:

@@ -10,7 +10,7 @@ from pathlib import Path
 from flwr.app import Message
 
 from fedhpc import config
-from fedhpc.federation import apps, compat, grid_pb2, seeds, updates
+from fedhpc.federation import apps, compat, grid_pb2, groups, seeds, updates
 from fedhpc.federation.payload import ArrayCache, Blob, BytesLike, pack, unpack
 from fedhpc.files import write_atomic
 from fedhpc.isolation.devices import device_of_this_child
@@ -107,7 +107,8 @@ def execute(
         state,
     )
     seeds.seed_all(payload.seed)
-    reply = prepared.app(message, context)
+    is_mean = message.metadata.message_type == groups.MESSAGE_TYPE
+    reply = (groups.answer if is_mean else prepared.app)(message, context)
     if not isinstance(reply, Message):
         raise TypeError(f"the ClientApp returned {type(reply).__name__}, expected a Message")
     if reply.has_content() and updates.is_train(message.metadata.message_type):
@@ -121,7 +122,7 @@ def execute(
     result = grid_pb2.Result(message_id=work.message_id, payload=packed.payload.SerializeToString())
     inline = []
     for blob in packed.blobs:
-        in_file = blob.size > prepared.config.cluster.inline_mb * 1e6
+        in_file = blob.size > payload.inline_bytes
         result.blobs.add(digest=blob.digest, size=blob.size, in_file=in_file)
         if in_file:
             path = prepared.paths.result_blob(work.message_id, blob.digest)

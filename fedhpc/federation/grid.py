@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,22 +10,23 @@ from typing import Any
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedhpc import files
-from fedhpc.errors import PlatformError, Superseded
-from fedhpc.federation import compat, grid_pb2, message_ids, seeds, updates
+from fedhpc.federation import compat, grid_pb2, groups, message_ids, seeds, updates
 from fedhpc.federation.breakdown import SlotSeconds
 from fedhpc.federation.cohort import Answer, Cohort, Outcome, nothing
 from fedhpc.federation.conventions import examples_of, round_of
 from fedhpc.federation.estimates import Estimates
 from fedhpc.federation.journal import AcceptedJournal, Entry
-from fedhpc.federation.payload import ArrayCache, pack, unpack
+from fedhpc.federation.payload import ArrayCache, pack
 from fedhpc.federation.recorder import Recorder
+from fedhpc.federation.replies import Replies
 from fedhpc.federation.states import ClientStates
 from fedhpc.federation.transport import Request, Response, Transport
 from fedhpc.paths import RunPaths
 
 logger = logging.getLogger(__name__)
 
+# Of replies that nobody has used yet: where a cohort's would be more, they come as files.
+_REPLIES_IN_MEMORY_BYTES = 1_000_000_000
 _TOO_LATE = "no result before the round's deadline"
 _STEP_S = 1.0  # of waiting: the transport's clock wants to be read
 
@@ -69,6 +70,9 @@ class HpcGrid(Grid):
         Of the run.
     states : ClientStates
         Of the clients.
+    inline_bytes : int
+        Larger arrays of a reply come as files, and so do smaller ones where a cohort's replies
+        would be more than 1 GB in this process.
     retry : int
         How often `send_and_receive` tries a failed fit again.
     """
@@ -82,18 +86,20 @@ class HpcGrid(Grid):
         num_clients: int,
         seed: int,
         states: ClientStates,
+        inline_bytes: int,
         retry: int = 0,
     ) -> None:
         self.recorder = recorder
         self.seed = seed
         self._transport = transport
-        self._paths = paths
         self._num_clients = num_clients
         self._retry = retry
+        self._inline_bytes = inline_bytes
         self.journal = AcceptedJournal(paths)
         self._states = states
         self._run = compat.empty_run(paths.run_id)
         self._open: dict[str, _Open] = {}
+        self._replies = Replies(paths)
         self._sequences = message_ids.Sequences()
         self._estimates = Estimates()
 
@@ -185,6 +191,7 @@ class HpcGrid(Grid):
         wanted: int | None = None,
         compare_metrics: bool = False,
         journalled: bool = False,
+        known: ArrayCache | None = None,
     ) -> Asked:
         """Send messages; `collect` waits for what becomes of them.
 
@@ -200,9 +207,11 @@ class HpcGrid(Grid):
             Whether replies must also have the same names of metrics as most others.
         journalled : bool
             Whether the journal says who is waited for, if the same was sent before a restart.
+        known : ArrayCache, optional
+            Blobs of records in the messages.
         """
         with self.recorder.watch.phase("send"):
-            requests = self._requests(messages)
+            requests = self._requests(messages, known)
             asked = [request.message_id for request in requests]
             before = self.journal.read(asked) if journalled else None
             if before is not None:
@@ -219,8 +228,18 @@ class HpcGrid(Grid):
             self._send(requests)
         return Asked(asked, cohort, before, wanted, math.inf if timeout is None else timeout)
 
-    def collect(self, asked: Asked) -> Outcome:
-        """Return what became of messages; no client's state is committed yet."""
+    def collect(self, asked: Asked, *, keep: bool = False) -> Outcome:
+        """Return what became of messages; no client's state is committed yet.
+
+        Parameters
+        ----------
+        asked : Asked
+            From `ask`.
+        keep : bool
+            Whether the arrays of the replies will be sent on, by `send_on`.
+        """
+        self._replies.forget_kept()
+        self._replies.keep = keep
         with self.recorder.watch.phase("receive"):
             late = self._wait(asked.cohort, asked.timeout_s)
             outcome = asked.cohort.outcome(late)
@@ -229,6 +248,13 @@ class HpcGrid(Grid):
                 outcome = before.complete(outcome, asked.message_ids, asked.wanted, failed)
             self._end(outcome)
         return outcome
+
+    def send_on(self, messages: Iterable[Message], timeout: float) -> Outcome:
+        """Send messages with arrays of the replies that were kept last, and collect the answers.
+
+        These arrays are not read here: their files are what is sent.
+        """
+        return self.collect(self.ask(messages, timeout=timeout, known=self._replies.kept))
 
     # --- inside ---
 
@@ -260,8 +286,7 @@ class HpcGrid(Grid):
         late = self._transport.withdraw(unanswered)
         for response in late:
             self._note(response, tries=cohort.tries(response.message_id), late=True)
-            for entry in response.payload.arrays if response.payload else ():
-                files.remove(self._paths.result_blob(response.message_id, entry.digest))
+            self._replies.remove(response)
         return [response.message_id for response in late]
 
     def _note_refused(self, errors: list[Answer], came: dict[str, Response]) -> None:
@@ -295,9 +320,15 @@ class HpcGrid(Grid):
             del self._open[message_id]
         self.recorder.closed(late=outcome.late, cancelled=outcome.cancelled)
 
-    def _requests(self, messages: Iterable[Message]) -> list[Request]:
-        cache = ArrayCache()
-        return [self._request(message, cache) for message in messages]
+    def _requests(
+        self, messages: Iterable[Message], known: ArrayCache | None = None
+    ) -> list[Request]:
+        cache = known or ArrayCache()
+        requests = [self._request(message, cache) for message in messages]
+        fair_bytes = _REPLIES_IN_MEMORY_BYTES // max(len(self._open), 1)
+        for request in requests:
+            request.packed.payload.inline_bytes = min(self._inline_bytes, fair_bytes)
+        return requests
 
     def _send(self, requests: Sequence[Request]) -> None:
         if requests:
@@ -320,57 +351,38 @@ class HpcGrid(Grid):
         message_id = message_ids.make(parts)
         # Flower shares one content between a cohort's messages, but not the metadata.
         compat.set_message_id(message, message_id)
-        packed = pack(message, self._states.get(client_id), cache)
+        is_mean = metadata.message_type == groups.MESSAGE_TYPE
+        packed = pack(message, None if is_mean else self._states.get(client_id), cache)
         packed.payload.client_id = client_id
         packed.payload.seed = seeds.derive(self.seed, *key, sequence)
         expected = self._estimates.expected(metadata.message_type, client_id)
-        request = Request(message_id, client_id, packed, expected)
+        request = Request(message_id, client_id, packed, expected, anywhere=is_mean)
         self._open[message_id] = _Open(message, server_round, client_id, request)
         return request
 
     def _answer(self, response: Response, tries: int = 1) -> tuple[Response, Answer]:
         """Turn a response into Flower's reply; return it with what is to be told of it."""
         opened = self._open[response.message_id]
-        failure = response.failure
-        reply: Message | None = None
-        commit: Callable[[], None] = nothing
-        if failure is None and response.payload is None:
-            failure = grid_pb2.Failure(reason="no reply")
-        elif response.payload is not None:
-            try:
-                reply, state = unpack(
-                    response.payload, lambda digest: self._open_blob(response, digest)
-                )
-            except Superseded:
-                raise
-            except (OSError, PlatformError) as error:
-                failure = grid_pb2.Failure(reason=f"its arrays could not be read: {error}")
-            else:
-                if reply.has_error():  # the app itself says so
-                    failure = grid_pb2.Failure(reason=reply.error.reason, raised=True)
-                elif response.fit is not None:
-                    self._estimates.note(
-                        opened.message.metadata.message_type,
-                        opened.client_id,
-                        response.fit.run_s,
-                        response.array_task or 0,
-                        examples_of(reply),
-                    )
-                has_state = response.payload.HasField("state")
-                commit = partial(self._commit, opened.client_id, state if has_state else None)
-        if reply is None:
-            assert failure is not None  # noqa: S101
-            reply = compat.make_error_reply(opened.message, failure.reason, raised=failure.raised)
+        read = self._replies.read(response, opened.message)
+        commit = partial(self._commit, opened.client_id, read.state) if read.is_whole else nothing
+        if read.failure is None and response.fit is not None:
+            self._estimates.note(
+                opened.message.metadata.message_type,
+                opened.client_id,
+                response.fit.run_s,
+                response.array_task or 0,
+                examples_of(read.message),
+            )
         answer = Answer(
             response.message_id,
             opened.client_id,
             opened.message,
-            reply,
+            read.message,
             commit=commit,
             tries=tries,
-            final=failure is not None and failure.final,
+            final=read.failure is not None and read.failure.final,
         )
-        return replace(response, payload=None, blobs={}, failure=failure), answer
+        return replace(response, payload=None, blobs={}, failure=read.failure), answer
 
     def _commit(self, client_id: int, state: RecordDict | None) -> None:
         if state is None:
@@ -383,11 +395,3 @@ class HpcGrid(Grid):
         opened = self._open[response.message_id]
         verb = opened.message.metadata.message_type
         self.recorder.fit_ended(response, opened.server_round, opened.client_id, verb, **more)
-
-    def _open_blob(self, response: Response, digest: str) -> memoryview:
-        if digest in response.blobs:
-            return response.blobs[digest]
-        path = self._paths.result_blob(response.message_id, digest)
-        data = response.blobs[digest] = files.map_whole(path, response.files[digest])
-        files.remove(path)  # the mapping keeps the bytes
-        return data

@@ -5,6 +5,18 @@ from typing import ClassVar as _ClassVar, Iterable as _Iterable, Mapping as _Map
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class BatchToArrayTask(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[ToArrayTask]
+    def __init__(self, events: _Optional[_Iterable[_Union[ToArrayTask, _Mapping]]] = ...) -> None: ...
+
+class BatchFromArrayTask(_message.Message):
+    __slots__ = ("events",)
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    events: _containers.RepeatedCompositeFieldContainer[FromArrayTask]
+    def __init__(self, events: _Optional[_Iterable[_Union[FromArrayTask, _Mapping]]] = ...) -> None: ...
+
 class ToArrayTask(_message.Message):
     __slots__ = ("welcome", "chunk", "work", "accepted", "cancel", "release", "heartbeat", "finish", "keep")
     WELCOME_FIELD_NUMBER: _ClassVar[int]
@@ -228,18 +240,20 @@ class Fit(_message.Message):
     def __init__(self, slot: _Optional[int] = ..., wait_s: _Optional[float] = ..., start_s: _Optional[float] = ..., run_s: _Optional[float] = ..., return_s: _Optional[float] = ..., peak_rss_mb: _Optional[float] = ..., late_imports: _Optional[_Iterable[str]] = ..., gpu: _Optional[str] = ..., gpu_before_mb: _Optional[float] = ..., gpu_peak_mb: _Optional[float] = ..., out_of_memory: bool = ..., replaced: _Optional[str] = ...) -> None: ...
 
 class Payload(_message.Message):
-    __slots__ = ("message", "state", "arrays", "client_id", "seed")
+    __slots__ = ("message", "state", "arrays", "client_id", "seed", "inline_bytes")
     MESSAGE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
     ARRAYS_FIELD_NUMBER: _ClassVar[int]
     CLIENT_ID_FIELD_NUMBER: _ClassVar[int]
     SEED_FIELD_NUMBER: _ClassVar[int]
+    INLINE_BYTES_FIELD_NUMBER: _ClassVar[int]
     message: bytes
     state: bytes
     arrays: _containers.RepeatedCompositeFieldContainer[Arrays]
     client_id: int
     seed: int
-    def __init__(self, message: _Optional[bytes] = ..., state: _Optional[bytes] = ..., arrays: _Optional[_Iterable[_Union[Arrays, _Mapping]]] = ..., client_id: _Optional[int] = ..., seed: _Optional[int] = ...) -> None: ...
+    inline_bytes: int
+    def __init__(self, message: _Optional[bytes] = ..., state: _Optional[bytes] = ..., arrays: _Optional[_Iterable[_Union[Arrays, _Mapping]]] = ..., client_id: _Optional[int] = ..., seed: _Optional[int] = ..., inline_bytes: _Optional[int] = ...) -> None: ...
 
 class Arrays(_message.Message):
     __slots__ = ("record", "digest", "of_state")

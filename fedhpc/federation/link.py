@@ -4,10 +4,13 @@ The server's end is `fedhpc.federation.link_server`. This module loads neither f
 array task's own process stays small.
 """
 
+import contextlib
+import itertools
 import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import grpc
 
@@ -26,6 +29,7 @@ OPTIONS: list[tuple[str, int | str]] = [
 _GOODBYE_S = 1.0
 
 Event = grid_pb2.FromArrayTask
+B = TypeVar("B", grid_pb2.BatchFromArrayTask, grid_pb2.BatchToArrayTask)
 
 
 def chunks(
@@ -40,6 +44,20 @@ def chunks(
             data = bytes(view[start : start + CHUNK])
             yield grid_pb2.Chunk(digest=digest, size=size, offset=offset, data=data)
             offset += len(data)
+
+
+def batches(kind: type[B], events: Iterable[Any]) -> Iterator[B]:
+    """Gather events into batches of about `CHUNK` bytes; one that is larger is a batch itself."""
+    batch, size = kind(), 0
+    for event in events:
+        more = event.ByteSize()
+        if size and size + more > CHUNK:
+            yield batch
+            batch, size = kind(), 0
+        batch.events.append(event)
+        size += more
+    if batch.events:
+        yield batch
 
 
 class LinkClient:
@@ -79,8 +97,8 @@ class LinkClient:
         )
         connect = self._channel.stream_stream(
             METHOD,
-            request_serializer=Event.SerializeToString,
-            response_deserializer=grid_pb2.ToArrayTask.FromString,
+            request_serializer=grid_pb2.BatchFromArrayTask.SerializeToString,
+            response_deserializer=grid_pb2.BatchToArrayTask.FromString,
         )
         self._heard_s = time.monotonic()
         self._closed = threading.Event()
@@ -98,9 +116,9 @@ class LinkClient:
             server does not want it.
         """
         try:
-            for event in self._call:
+            for batch in self._call:
                 self._heard_s = time.monotonic()
-                yield event
+                yield from batch.events
         except grpc.RpcError as error:
             if self._closed.is_set():
                 return
@@ -133,9 +151,16 @@ class LinkClient:
         self._call.cancel()
         self._channel.close()
 
-    def _requests(self) -> Iterator[Event]:
-        while (events := self._outgoing.get()) is not None:
-            yield from events
+    def _requests(self) -> Iterator[grid_pb2.BatchFromArrayTask]:
+        while True:
+            waiting = [self._outgoing.get()]
+            with contextlib.suppress(queue.Empty):
+                while waiting[-1] is not None:
+                    waiting.append(self._outgoing.get_nowait())
+            events = itertools.chain.from_iterable(one for one in waiting if one is not None)
+            yield from batches(grid_pb2.BatchFromArrayTask, events)
+            if waiting[-1] is None:
+                return
 
     def _keep_alive(self) -> None:
         looked_s = time.monotonic()

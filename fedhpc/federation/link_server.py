@@ -7,18 +7,16 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Sequence, Set
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Coroutine, Iterable, Sequence, Set
 from typing import Any, TypeVar
 
 import grpc
 
-from fedhpc import files
 from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import actions, dispatch, grid_pb2, link
 from fedhpc.federation.blobs import BlobStore
 from fedhpc.federation.breakdown import SlotLedger, SlotSeconds
-from fedhpc.federation.peer import Peer, clash
+from fedhpc.federation.peer import LinkOptions, Peer, clash
 from fedhpc.federation.transport import Request, Response, WorkClock
 from fedhpc.paths import RunPaths
 
@@ -28,34 +26,8 @@ T = TypeVar("T")
 _REJOIN_S = 3.0  # within it array tasks have seen the address of a new attempt
 
 ToArrayTask = grid_pb2.ToArrayTask
+_Events = Sequence[grid_pb2.FromArrayTask]
 _Context = Any  # grpc.aio.ServicerContext; grpc ships no types
-
-
-@dataclass
-class LinkOptions:
-    """How the server treats its links.
-
-    Attributes
-    ----------
-    run_id : str
-        Peers of another run are refused.
-    attempt : int
-        Of this server.
-    liveness_timeout_s : float
-        Silence after which an array task counts as lost.
-    inline_bytes : int
-        The largest blob that goes over a link; larger ones are files.
-    on_idle : callable
-        Called about every second with the seconds since no work could start (0 while it can) and
-        how many array tasks are connected; raises `PlatformError` when there is no point in
-        waiting longer.
-    """
-
-    run_id: str
-    attempt: int
-    liveness_timeout_s: float
-    inline_bytes: int
-    on_idle: Callable[[float, int], None]
 
 
 class LinkServer:
@@ -82,7 +54,6 @@ class LinkServer:
     ) -> None:
         self._machine = machine
         self._options = options
-        self._paths = paths
         self._store = BlobStore(paths, options.inline_bytes)
         self._credentials = credentials
         self._peers: dict[int, Peer] = {}
@@ -120,10 +91,8 @@ class LinkServer:
             self._loop.call_soon_threadsafe(self._loop.stop)
             self._thread.join(timeout_s)
         if reason is not None:
-            # With them go the files of results that came late or twice.
             with contextlib.suppress(OSError, Superseded):  # another server's, or nobody's
-                for path in list(self._paths.blobs.iterdir()):
-                    files.remove(path)
+                self._store.remove_all()
 
     def array_tasks(self) -> list[dict[str, Any]]:
         """Return what is known of each array task that has ever come, for status.json."""
@@ -162,9 +131,8 @@ class LinkServer:
             for request in requests:
                 self._requests[request.message_id] = request
                 fingerprint = request.packed.fingerprint()
-                self._machine.submit(
-                    request.message_id, request.client_id, fingerprint, request.expected
-                )
+                client_id = None if request.anywhere else request.client_id
+                self._machine.submit(request.message_id, client_id, fingerprint, request.expected)
             self._act()
 
         self._loop.call_soon_threadsafe(submit)
@@ -226,8 +194,8 @@ class LinkServer:
         self._server = grpc.aio.server(options=link.OPTIONS)
         handler = grpc.stream_stream_rpc_method_handler(
             self._connect,
-            request_deserializer=grid_pb2.FromArrayTask.FromString,
-            response_serializer=ToArrayTask.SerializeToString,
+            request_deserializer=grid_pb2.BatchFromArrayTask.FromString,
+            response_serializer=grid_pb2.BatchToArrayTask.SerializeToString,
         )
         service, method = link.METHOD.strip("/").split("/")
         self._server.add_generic_rpc_handlers(
@@ -275,14 +243,14 @@ class LinkServer:
         self._act()
 
     async def _connect(
-        self, requests: AsyncIterator[grid_pb2.FromArrayTask], context: _Context
+        self, requests: AsyncIterator[grid_pb2.BatchFromArrayTask], context: _Context
     ) -> None:
         """Serve one array task until either side is gone."""
         first = await anext(aiter(requests), None)
-        if first is None or not first.HasField("hello"):
+        if first is None or not (first.events and first.events[0].HasField("hello")):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "expected a Hello first")
             return
-        hello = first.hello
+        hello = first.events[0].hello
         if hello.run_id != self._options.run_id:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
@@ -303,7 +271,7 @@ class LinkServer:
         )  # fmt: skip
         self._act()
         tasks: list[asyncio.Future[Any]] = [
-            asyncio.ensure_future(self._read(peer, requests)),
+            asyncio.ensure_future(self._read(peer, requests, first.events[1:])),
             asyncio.ensure_future(self._write(peer, context)),
             peer.dropped,
         ]
@@ -330,9 +298,19 @@ class LinkServer:
         if peer.dropped.done() and not peer.dropped.cancelled():
             await context.abort(grpc.StatusCode.ABORTED, reason)
 
-    async def _read(self, peer: Peer, requests: AsyncIterator[grid_pb2.FromArrayTask]) -> None:
-        async for event in requests:
+    async def _read(
+        self, peer: Peer, requests: AsyncIterator[grid_pb2.BatchFromArrayTask], first: _Events
+    ) -> None:
+        self._take(peer, first)
+        async for batch in requests:
             self._machine.heard(peer.number, time.monotonic())
+            self._take(peer, batch.events)
+            if peer.goodbye:
+                return
+
+    def _take(self, peer: Peer, events: _Events) -> None:
+        """Note what an array task says, and do what is to be done then."""
+        for event in events:
             if event.HasField("chunk"):
                 peer.take_chunk(event.chunk, max(self._options.inline_bytes, link.CHUNK))
             elif event.HasField("result"):
@@ -342,53 +320,36 @@ class LinkServer:
             elif event.HasField("slots"):
                 peer.slots = event.slots.slots
                 self._machine.resize(peer.number, peer.slots)
-                self._act()
             elif event.HasField("hand_back"):
                 back = event.hand_back
                 logger.warning("array task %d: %s", peer.hello.array_task, back.reason)
                 self._machine.hand_back(peer.number, back.message_id, back.reason)
-                self._act()
             elif event.HasField("goodbye"):
                 peer.goodbye = event.goodbye.reason
-                return
+                return  # it is given nothing more
+        if not all(event.HasField("chunk") for event in events):
+            self._act()
 
     async def _write(self, peer: Peer, context: _Context) -> None:
-        while (event := await peer.outgoing.get()) is not None:
-            if event.HasField("work"):
-                if event.work.message_id not in self._requests:
-                    continue  # answered or withdrawn while the peer was slow
-                for blob in event.work.blobs:
-                    if blob.in_file or blob.digest in peer.sent:
-                        continue
-                    for chunk in link.chunks(blob.digest, self._store.parts(blob.digest)):
-                        await context.write(ToArrayTask(chunk=chunk))
-                    peer.sent.add(blob.digest)
-            await context.write(event)
+        while True:
+            waiting = await peer.gather()
+            events = peer.events(waiting, self._requests.__contains__, self._store.parts)
+            for batch in link.batches(grid_pb2.BatchToArrayTask, events):
+                await context.write(batch)
+            if waiting[-1] is None:
+                return
 
     def _take_result(self, peer: Peer, result: grid_pb2.Result) -> None:
         peer.outgoing.put_nowait(
             ToArrayTask(accepted=grid_pb2.Accepted(message_id=result.message_id))
         )
-        arrived = peer.take_blobs(result)
         now_s = time.monotonic()
         held_s = now_s - peer.given_s.pop(result.message_id, now_s)
+        response = peer.response(result, held_s)
         if self._machine.answered(peer.number, result.message_id):
-            failed = result.HasField("failure")
+            failed = response.failure is not None
             (self._failed if failed else self._done)[peer.hello.array_task] += 1
-            self._respond(
-                Response(
-                    result.message_id,
-                    payload=None if failed else grid_pb2.Payload.FromString(result.payload),
-                    blobs=arrived,
-                    files={blob.digest: blob.size for blob in result.blobs if blob.in_file},
-                    failure=result.failure if failed else None,
-                    fit=result.fit if result.HasField("fit") else None,
-                    array_task=peer.hello.array_task,
-                    host=peer.hello.host,
-                    held_s=held_s,
-                )
-            )
-        self._act()
+            self._respond(response)
 
     def _respond(self, response: Response) -> None:
         self._forget(response.message_id)

@@ -8,16 +8,19 @@ that one copies: Flower's arrays are views of the blob until Flower itself asks 
 """
 
 import hashlib
-import io
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, RecordDict
 
+from fedhpc import files
 from fedhpc.federation import compat, grid_pb2
+from fedhpc.federation.mapped import MappedArray, MappedArrays, Place, npy_header
 
 BytesLike = bytes | bytearray | memoryview
 
@@ -41,11 +44,14 @@ class Blob:
         Bytes in all.
     parts : list
         The bytes.
+    path : Path or None
+        A file of the run folder that holds them already, and may be moved.
     """
 
     digest: str
     size: int
     parts: list[BytesLike] = field(repr=False, compare=False)
+    path: Path | None = field(default=None, compare=False)
 
 
 def encode_arrays(arrays: ArrayRecord) -> Blob:
@@ -55,12 +61,11 @@ def encode_arrays(arrays: ArrayRecord) -> Blob:
     parts: list[BytesLike] = []
     offset = 0
     for name, array in arrays.items():
-        plain = _plain_data(array)
-        if plain is None:
+        dtype, data = _bare_data(array)
+        shape = list(array.shape)
+        if not dtype:
             raw_names.append(name)
-            dtype, shape, data = "U8", [len(array.data)], memoryview(array.data)
-        else:
-            (dtype, data), shape = plain, list(array.shape)
+            dtype, shape = "U8", [len(data)]
         header[_key(name)] = {
             "dtype": dtype,
             "shape": shape,
@@ -79,24 +84,44 @@ def encode_arrays(arrays: ArrayRecord) -> Blob:
     return Blob(digest.hexdigest(), 8 + len(text) + offset, parts)
 
 
-def decode_arrays(skeleton: ArrayRecord, data: memoryview) -> ArrayRecord:
-    """Return the record whose names, types and shapes are in ``skeleton`` and data in a blob."""
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(bytes(data[8 : 8 + length]))
-    body = data[8 + length :]
-    raw_names = json.loads(header.get(_METADATA, {}).get(_RAW, "[]"))
+def map_arrays(skeleton: ArrayRecord, data: memoryview) -> ArrayRecord:
+    """Return the record whose names, types and shapes are in ``skeleton`` and data in a blob.
+
+    Its arrays read the blob when they are asked for their data, and keep none of them: see
+    `mapped`.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    described = tuple((name, a.dtype, tuple(a.shape), a.stype) for name, a in skeleton.items())
+    places = _places(bytes(data[8:end]), described)
+    files.unload(data)
+    return compat.record_over(MappedArrays(places, data))
+
+
+@lru_cache(maxsize=16)
+def _places(
+    header: bytes, described: tuple[tuple[str, str, tuple[int, ...], str], ...]
+) -> dict[str, Place]:
+    """Return where arrays are in a blob with this header: the same for all replies of a cohort."""
+    entries = json.loads(header)
+    raw_names = json.loads(entries.get(_METADATA, {}).get(_RAW, "[]"))
     descriptions = {dtype: descr for descr, dtype in _DTYPES.items()}
-    arrays = {}
-    for name, array in skeleton.items():
-        description = header[_key(name)]
-        start, end = description["data_offsets"]
-        if name in raw_names:
-            content = bytes(body[start:end])
-        else:
-            npy = _npy_header(descriptions[description["dtype"]], tuple(array.shape))
-            content = b"".join((npy, body[start:end]))
-        arrays[name] = Array(array.dtype, tuple(array.shape), array.stype, content)
-    return ArrayRecord(arrays)
+    places = {}
+    for name, dtype, shape, stype in described:
+        entry = entries[_key(name)]
+        descr = "" if name in raw_names else descriptions[entry["dtype"]]
+        start, end = (8 + len(header) + offset for offset in entry["data_offsets"])
+        places[name] = Place(dtype, shape, stype, descr, start, end)
+    return places
+
+
+def decode_arrays(skeleton: ArrayRecord, data: memoryview) -> ArrayRecord:
+    """Return the same as `map_arrays` with the data in memory."""
+    return loaded(map_arrays(skeleton, data))
+
+
+def loaded(arrays: ArrayRecord) -> ArrayRecord:
+    """Return a record with the data of all its arrays in memory."""
+    return ArrayRecord(dict(arrays))
 
 
 def _key(name: str) -> str:
@@ -104,33 +129,24 @@ def _key(name: str) -> str:
     return f"_{name}" if name.strip("_") == "metadata" and name.startswith("__") else name
 
 
-def _plain_data(array: Array) -> tuple[str, memoryview] | None:
-    """Return safetensors' dtype and the bare data of an array, if it is plain numpy."""
-    if array.stype != "numpy.ndarray":
-        return None
+def _bare_data(array: Array) -> tuple[str, memoryview]:
+    """Return safetensors' dtype and the bare data of an array; "" and all bytes if not plain."""
+    if isinstance(array, MappedArray) and array.body is not None:
+        body, descr = array.body
+        return _DTYPES.get(descr, ""), body
+    data = memoryview(array.data)
     try:
-        dtype = np.dtype(array.dtype)
+        descr = np.dtype(array.dtype).str
     except TypeError:
-        return None
-    name = _DTYPES.get(dtype.str)
-    if name is None:
-        return None
+        return "", data
+    if array.stype != "numpy.ndarray" or descr not in _DTYPES:
+        return "", data
     # Compared, not parsed: numpy parses it with `ast`, which fails at times if two threads do that
     # at once (https://github.com/python/cpython/issues/106905).
-    header = _npy_header(dtype.str, tuple(array.shape))
-    content = memoryview(array.data)
-    data = content[len(header) :]
-    if content[: len(header)] != header:
-        return None
-    return (name, data) if len(data) == dtype.itemsize * math.prod(array.shape) else None
-
-
-def _npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
-    out = io.BytesIO()
-    np.lib.format.write_array_header_1_0(
-        out, {"descr": descr, "fortran_order": False, "shape": shape}
-    )
-    return out.getvalue()
+    header = npy_header(descr, tuple(array.shape))
+    size = len(header) + np.dtype(descr).itemsize * math.prod(array.shape)
+    is_plain = len(data) == size and data[: len(header)] == header
+    return (_DTYPES[descr], data[len(header) :]) if is_plain else ("", data)
 
 
 class ArrayCache:
@@ -141,6 +157,10 @@ class ArrayCache:
 
     def __init__(self) -> None:
         self._entries: dict[int, tuple[ArrayRecord, Blob]] = {}
+
+    def know(self, arrays: ArrayRecord, blob: Blob) -> None:
+        """Note the blob that a record was made from."""
+        self._entries[id(arrays)] = (arrays, blob)
 
     def encode(self, arrays: ArrayRecord) -> Blob:
         """Return the blob of a record that nobody changes during the cache's life."""
@@ -219,7 +239,7 @@ def pack(message: Message, state: RecordDict | None, cache: ArrayCache) -> Packe
 def unpack(
     payload: grid_pb2.Payload, open_blob: Callable[[str], memoryview]
 ) -> tuple[Message, RecordDict]:
-    """Decode a message and a client's state.
+    """Decode a message and a client's state; the data of their arrays stay in the blobs.
 
     Parameters
     ----------
@@ -235,5 +255,5 @@ def unpack(
     for entry in payload.arrays:
         records = state if entry.of_state else message.content
         skeleton = records.array_records[entry.record]
-        records[entry.record] = decode_arrays(skeleton, open_blob(entry.digest))
+        records[entry.record] = map_arrays(skeleton, open_blob(entry.digest))
     return message, state

@@ -1,11 +1,41 @@
-"""One connected array task, as the server's end of its link knows it."""
+"""How the server treats its links, and what it knows of each array task that is connected."""
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from fedhpc.errors import PlatformError
 from fedhpc.federation import grid_pb2
+from fedhpc.federation.link import chunks
+from fedhpc.federation.payload import BytesLike
+from fedhpc.federation.transport import Response
+
+
+@dataclass
+class LinkOptions:
+    """How the server treats its links.
+
+    Attributes
+    ----------
+    run_id : str
+        Peers of another run are refused.
+    attempt : int
+        Of this server.
+    liveness_timeout_s : float
+        Silence after which an array task counts as lost.
+    inline_bytes : int
+        The largest blob that goes over a link; larger ones are files.
+    on_idle : callable
+        Called about every second with the seconds since no work could start (0 while it can) and
+        how many array tasks are connected; raises `PlatformError` when there is no point in
+        waiting longer.
+    """
+
+    run_id: str
+    attempt: int
+    liveness_timeout_s: float
+    inline_bytes: int
+    on_idle: Callable[[float, int], None]
 
 
 @dataclass(eq=False)
@@ -48,6 +78,44 @@ class Peer:
     _arriving: dict[str, bytearray] = field(default_factory=dict)
     _arrived: dict[str, memoryview] = field(default_factory=dict)
 
+    async def gather(self) -> list[grid_pb2.ToArrayTask | None]:
+        """Wait for something to write; return all that there is, up to the None at the end."""
+        found = [await self.outgoing.get()]
+        while found[-1] is not None and not self.outgoing.empty():
+            found.append(self.outgoing.get_nowait())
+        return found
+
+    def events(
+        self,
+        waiting: Iterable[grid_pb2.ToArrayTask | None],
+        is_wanted: Callable[[str], bool],
+        parts: Callable[[str], Iterable[BytesLike]],
+    ) -> Iterator[grid_pb2.ToArrayTask]:
+        """Yield what is to be written, and before it the blobs that are not there yet.
+
+        Parameters
+        ----------
+        waiting : iterable
+            From `gather`.
+        is_wanted : callable
+            Returns whether a message still wants an answer.
+        parts : callable
+            Returns the bytes of the blob with this digest.
+        """
+        for event in waiting:
+            if event is None:
+                return
+            if event.HasField("work"):
+                if not is_wanted(event.work.message_id):
+                    continue  # answered or withdrawn while the peer was slow
+                for blob in event.work.blobs:
+                    if blob.in_file or blob.digest in self.sent:
+                        continue
+                    for chunk in chunks(blob.digest, parts(blob.digest)):
+                        yield grid_pb2.ToArrayTask(chunk=chunk)
+                    self.sent.add(blob.digest)
+            yield event
+
     def take_chunk(self, chunk: grid_pb2.Chunk, limit: int) -> None:
         """Take a part of a result's blob of at most ``limit`` bytes."""
         # A result's blobs come before it, and at most the slots' results are under way.
@@ -61,10 +129,25 @@ class Peer:
         if len(buffer) == chunk.size:
             self._arrived[chunk.digest] = memoryview(self._arriving.pop(chunk.digest))
 
-    def take_blobs(self, result: grid_pb2.Result) -> dict[str, memoryview]:
-        """Return the blobs of a result that came over the link, by digest, and forget them."""
+    def response(self, result: grid_pb2.Result, held_s: float) -> Response:
+        """Return the response in a result that was here for so long; its blobs are forgotten."""
+        # Copies, as a part of a batch keeps all of it in memory, the arrays that came with it too.
+        failure, fit = grid_pb2.Failure(), grid_pb2.Fit()
+        failure.CopyFrom(result.failure)
+        fit.CopyFrom(result.fit)
+        failed = result.HasField("failure")
         digests = {blob.digest for blob in result.blobs if not blob.in_file}
-        return {digest: self._arrived.pop(digest) for digest in digests}
+        return Response(
+            result.message_id,
+            payload=None if failed else grid_pb2.Payload.FromString(result.payload),
+            blobs={digest: self._arrived.pop(digest) for digest in digests},
+            files={blob.digest: blob.size for blob in result.blobs if blob.in_file},
+            failure=failure if failed else None,
+            fit=fit if result.HasField("fit") else None,
+            array_task=self.hello.array_task,
+            host=self.hello.host,
+            held_s=held_s,
+        )
 
 
 def clash(hello: grid_pb2.Hello, others: Iterable[grid_pb2.Hello]) -> str:

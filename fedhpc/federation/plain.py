@@ -14,6 +14,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 from fedhpc.federation import compat
+from fedhpc.federation.mapped import MappedArray
 from fedhpc.federation.payload import BytesLike
 
 _TAG = "$"
@@ -97,7 +98,7 @@ def _encode_bulk(value: Any, buffers: list[BytesLike]) -> Any:
     for name, kind in _SMALL_RECORDS.items():
         if type(value) is kind:
             return add(name, compat.records_to_bytes(RecordDict({"": value})))
-    if type(value) is Array:  # its bytes are never changed: no copy
+    if type(value) in (Array, MappedArray):  # its bytes are never changed: no copy
         types = [value.dtype, value.stype]
         return {**add("flower_array", value.data), "types": types, "shape": list(value.shape)}
     if isinstance(value, np.generic):

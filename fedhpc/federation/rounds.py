@@ -12,13 +12,14 @@ from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, MetricRecord
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import FedAvg, Result, Strategy
+from flwr.serverapp.strategy import Result, Strategy
 
 from fedhpc.config import Config
 from fedhpc.errors import CheckpointError, RunError
-from fedhpc.federation import plain, seeds
+from fedhpc.federation import groups, plain, seeds
 from fedhpc.federation.checkpoint import Checkpoint, CheckpointStore
 from fedhpc.federation.cohort import too_few
+from fedhpc.federation.conventions import averages
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.strategy_state import StrategyState
 
@@ -80,6 +81,8 @@ class Rounds:
 
         Raises
         ------
+        ConfigError
+            If the strategy cannot be aggregated as the config says.
         RunError
             If too few clients of a round's cohort could train, and the config says stop.
         CheckpointError
@@ -173,11 +176,12 @@ class _Rounds:
         self.result = Result()
         self.done = -1  # the last round that is done; 0 is the evaluation before the first
         self._state = StrategyState(strategy)
-        self._averages = _averages(strategy)
+        self._averages = averages(strategy)
         self._failures = config.failures
         federation = config.federation
         # More are asked only then, and only by the built-in app.
         self._wanted = federation.clients_per_round if federation.over_select > 1 else None
+        self._in_groups = groups.are_wanted(federation, strategy)
         self._told: set[str] = set()
         overlap = federation.overlap_evaluation
         self._overlaps = config.app.is_builtin if overlap == "auto" else overlap
@@ -333,7 +337,7 @@ class _Rounds:
             self._catch_up()  # the round before is done, whatever becomes of this one
             raise
         self._catch_up()
-        outcome = grid.collect(asked)
+        outcome = grid.collect(asked, keep=self._in_groups)
         line |= outcome.figures()
         problem = too_few(outcome, self._failures, server_round, self.recorder.last_failure)
         with self._watch.phase("receive"):
@@ -346,8 +350,11 @@ class _Rounds:
             with self._watch.phase("receive"):
                 outcome.commit()
             with self._watch.phase("aggregate"):
+                replies = outcome.replies
+                if self._in_groups:
+                    replies = groups.means(grid, strategy, outcome, server_round, self.timeout_s)
                 self._seed(server_round, "aggregate_train")
-                new_arrays, train_metrics = strategy.aggregate_train(server_round, outcome.replies)
+                new_arrays, train_metrics = strategy.aggregate_train(server_round, replies)
             if new_arrays is not None:
                 self.arrays = self.result.arrays = new_arrays
             if train_metrics is not None:
@@ -390,10 +397,3 @@ class _Rounds:
 
     def _seed(self, server_round: int, what: str) -> None:
         seeds.seed_all(seeds.derive(self.grid.seed, server_round, what))
-
-
-def _averages(strategy: Strategy) -> bool:
-    """Return whether a strategy, or the one that it wraps, refuses metrics of different names."""
-    while isinstance(inner := getattr(strategy, "strategy", None), Strategy):
-        strategy = inner
-    return isinstance(strategy, FedAvg)

@@ -7,7 +7,8 @@ from typing import Any
 from flwr.app import ArrayRecord, RecordDict
 
 from fedhpc.federation import compat
-from fedhpc.federation.payload import decode_arrays, encode_arrays
+from fedhpc.federation.mapped import MappedArray
+from fedhpc.federation.payload import encode_arrays, loaded, map_arrays
 from fedhpc.files import map_whole, remove, write_atomic
 from fedhpc.paths import RunPaths
 
@@ -66,7 +67,7 @@ class ClientStates:
         old_bytes = self._in_memory[client_id][1] if client_id in self._in_memory else 0
         if self._used_bytes - old_bytes + size <= self._memory_bytes:
             self.drop(client_id)
-            self._in_memory[client_id] = (state, size)
+            self._in_memory[client_id] = (_in_memory(state), size)
             self._used_bytes += size
         else:
             stored = self._write(client_id, state)
@@ -140,11 +141,22 @@ class ClientStates:
         state = RecordDict(dict(stored.skeleton))
         for name, file_name in stored.files.items():
             data = map_whole(self._paths.states / file_name)
-            state[name] = decode_arrays(stored.skeleton.array_records[name], data)
+            state[name] = map_arrays(stored.skeleton.array_records[name], data)
         return state
 
 
+def _in_memory(state: RecordDict) -> RecordDict:
+    """Return a state without what keeps the blob of a reply."""
+    return RecordDict(
+        {
+            name: loaded(record) if isinstance(record, ArrayRecord) else record
+            for name, record in state.items()
+        }
+    )
+
+
 def _size_of(state: RecordDict) -> int:
+    arrays = [array for record in state.array_records.values() for array in record.values()]
     return sum(
-        len(array.data) for record in state.array_records.values() for array in record.values()
+        array.size if isinstance(array, MappedArray) else len(array.data) for array in arrays
     )

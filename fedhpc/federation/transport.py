@@ -13,12 +13,23 @@ _STALLED_S = 5.0
 
 @dataclass(frozen=True)
 class Request:
-    """A message for a client; ``expected`` is its work compared with others', in any unit."""
+    """A message for a client.
+
+    Attributes
+    ----------
+    message_id, client_id, packed
+        What is asked, and of whom.
+    expected : float
+        Its work compared with others', in any unit.
+    anywhere : bool
+        Whether any array task may do it, also if clients are pinned.
+    """
 
     message_id: str
     client_id: int
     packed: Packed
     expected: float = 0.0
+    anywhere: bool = False
 
 
 @dataclass(frozen=True)

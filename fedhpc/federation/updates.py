@@ -187,8 +187,8 @@ def _floats(array: Array) -> np.ndarray | None:
         dtype = np.dtype(array.dtype)
     except TypeError:
         return None
-    size = int(np.prod(array.shape))
-    start = len(array.data) - size * dtype.itemsize  # behind the header of the npy format
-    if dtype.kind not in "fc" or start < 0:
+    if dtype.kind not in "fc":
         return None
-    return np.frombuffer(array.data, dtype, offset=start)
+    data = array.data
+    start = len(data) - int(np.prod(array.shape)) * dtype.itemsize  # behind npy's header
+    return None if start < 0 else np.frombuffer(data, dtype, offset=start)

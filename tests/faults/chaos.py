@@ -72,7 +72,8 @@ class Chaos:
         """The undisturbed run: in one process."""
         if self._reference is None:
             submitter = Submitter(self._folder / "undisturbed", self._folder / "data")
-            self._reference = submitter.run(sets(self._size), executor="debug", timeout_s=300)
+            words = [*sets(self._size), *self._more]
+            self._reference = submitter.run(words, executor="debug", timeout_s=300)
             assert self._reference.returncode == 0, self._reference.output
         return self._reference
 

@@ -16,8 +16,9 @@ from fedhpc.errors import LinkRefused, PlatformError
 from fedhpc.federation import certificates, compat, grid_pb2, link
 from fedhpc.federation.dispatch import Dispatch
 from fedhpc.federation.link import LinkClient
-from fedhpc.federation.link_server import LinkOptions, LinkServer
+from fedhpc.federation.link_server import LinkServer
 from fedhpc.federation.payload import Blob, Packed
+from fedhpc.federation.peer import LinkOptions
 from fedhpc.federation.transport import Request
 from fedhpc.oversight import ClientArray
 from fedhpc.paths import RunPaths
@@ -107,13 +108,17 @@ def service(tmp_path: Path) -> Iterator[Service]:
     service.links.finish("test over")
 
 
+def batch_of(**event: Any) -> grid_pb2.BatchFromArrayTask:
+    return grid_pb2.BatchFromArrayTask(events=[grid_pb2.FromArrayTask(**event)])
+
+
 def _try_to_connect(channel: grpc.Channel) -> grpc.StatusCode:
     connect = channel.stream_stream(
         link.METHOD,
-        request_serializer=grid_pb2.FromArrayTask.SerializeToString,
-        response_deserializer=grid_pb2.ToArrayTask.FromString,
+        request_serializer=grid_pb2.BatchFromArrayTask.SerializeToString,
+        response_deserializer=grid_pb2.BatchToArrayTask.FromString,
     )
-    hello = grid_pb2.FromArrayTask(hello=grid_pb2.Hello(run_id="run", slots=1))
+    hello = batch_of(hello=grid_pb2.Hello(run_id="run", slots=1))
     with pytest.raises(grpc.RpcError) as caught:
         next(connect(iter([hello]), timeout=10))
     code: grpc.StatusCode = caught.value.code()
@@ -252,14 +257,14 @@ class _SilentPeer:
         self._channel = grpc.secure_channel(service.address, credentials, NAME)
         connect = self._channel.stream_stream(
             link.METHOD,
-            request_serializer=grid_pb2.FromArrayTask.SerializeToString,
-            response_deserializer=grid_pb2.ToArrayTask.FromString,
+            request_serializer=grid_pb2.BatchFromArrayTask.SerializeToString,
+            response_deserializer=grid_pb2.BatchToArrayTask.FromString,
         )
         hello = grid_pb2.Hello(run_id="run", array_task=0, slots=SLOTS)
         self._ended = threading.Event()
 
-        def requests() -> Iterator[grid_pb2.FromArrayTask]:
-            yield grid_pb2.FromArrayTask(hello=hello)
+        def requests() -> Iterator[grid_pb2.BatchFromArrayTask]:
+            yield batch_of(hello=hello)
             self._ended.wait(60)
 
         self._call = connect(requests())

@@ -20,7 +20,8 @@ from fedhpc.cluster import submission
 from fedhpc.federation import certificates, compat
 from fedhpc.federation.dispatch import Dispatch
 from fedhpc.federation.grid import HpcGrid
-from fedhpc.federation.link_server import LinkOptions, LinkServer
+from fedhpc.federation.link_server import LinkServer
+from fedhpc.federation.peer import LinkOptions
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.states import ClientStates
 from fedhpc.files import read_json
@@ -29,6 +30,7 @@ from fedhpc.rendezvous import Publisher, Rendezvous
 
 SLOTS = 2
 LIVENESS_S = 4.0
+INLINE_BYTES = 10_000
 
 
 class Attempt:
@@ -38,7 +40,7 @@ class Attempt:
         files.claim(paths.attempt(number))
         self.links = LinkServer(
             Dispatch(array_tasks=1, liveness_timeout_s=LIVENESS_S),
-            LinkOptions(paths.run_id, number, LIVENESS_S, 10_000, lambda *_: None),
+            LinkOptions(paths.run_id, number, LIVENESS_S, INLINE_BYTES, lambda *_: None),
             paths,
             certificates.server_credentials(paths.secrets),
         )
@@ -50,7 +52,13 @@ class Attempt:
         self._publisher.start()
         states = ClientStates(paths, float("inf"))
         self.grid = HpcGrid(
-            self.links, Recorder(paths), paths, num_clients=10, seed=1, states=states
+            self.links,
+            Recorder(paths),
+            paths,
+            num_clients=10,
+            seed=1,
+            states=states,
+            inline_bytes=INLINE_BYTES,
         )
 
     def has_company(self) -> bool:
@@ -101,7 +109,7 @@ def paths(tmp_path: Path, app: SlowApp) -> RunPaths:
     paths = create_run_folder(tmp_path, "rejoin")
     sets = f"""
         isolation: {{slots: {SLOTS}, lock_dir: {tmp_path / "locks"}}}
-        cluster: {{executor: local, inline_mb: 0.01, liveness_timeout_s: {LIVENESS_S}}}
+        cluster: {{executor: local, liveness_timeout_s: {LIVENESS_S}}}
     """
     paths.config.write_text(app.config.read_text() + sets.replace("\n        ", "\n"))
     certificates.create(paths.secrets)

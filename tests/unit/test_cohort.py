@@ -98,12 +98,14 @@ class Federation:
             context.state["seen"] = MetricRecord({"n": seen + 1})
             w = message.content["arrays"]["w"].numpy() + np.float32(client + 1)
             w = np.resize(w, self.shapes.get(client, w.shape))
-            metrics = MetricRecord({"num-examples": 1, "seen": seen})
+            examples = self.examples.get(client, 1)
+            metrics = MetricRecord({"num-examples": examples, "seen": seen})
             arrays = ArrayRecord({"w": Array(w)})
             return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
         # What a client adds to: it says in which shape.
         self.shapes: dict[int, tuple[int, ...]] = {}
+        self.examples: dict[int, int] = {}
 
         self.transport = Transport(Prepared(self.config, self.paths, spec, app), together)
         self.grid = HpcGrid(
@@ -113,6 +115,7 @@ class Federation:
             num_clients=CLIENTS,
             seed=0,
             states=ClientStates(self.paths, 1e9),
+            inline_bytes=int(self.config.cluster.inline_mb * 1e6),
             retry=self.config.failures.retry,
         )
 

@@ -193,6 +193,17 @@ def test_a_pinned_message_waits_for_its_array_task_and_holds_nobody_up() -> None
     assert assigned(dispatch.actions()) == [(2, "of 0")]
 
 
+def test_with_pinned_what_is_no_clients_runs_anywhere() -> None:
+    dispatch = machine(2, placement="pinned")
+    dispatch.join(1, 1, 1, {}, 0.0)
+    dispatch.submit("of 0", 0)
+    dispatch.submit("of nobody", None)
+    assert assigned(dispatch.actions()) == [(1, "of nobody")]
+    assert dispatch.answered(1, "of nobody")
+    dispatch.submit("of nobody again", None)
+    assert assigned(dispatch.actions()) == [(1, "of nobody again")]
+
+
 # --- answers -------------------------------------------------------------------------------------
 
 
@@ -629,6 +640,7 @@ class Behaviour(RuleBasedStateMachine):
     placement: ClassVar[Literal["any", "pinned"]] = "any"
     ARRAY_TASKS = 3
     MAX_LOSSES = 3
+    ANYWHERE = 8  # what is asked of this client any array task may do
 
     def __init__(self) -> None:
         super().__init__()
@@ -728,6 +740,8 @@ class Behaviour(RuleBasedStateMachine):
             assert self.losses[action.message_id] < self.MAX_LOSSES, "lost too often"
             running = set().union(*self.has.values())
             for earlier in self.open - running:
+                if self.pin(earlier) != self.pin(action.message_id):
+                    continue
                 if self.order[earlier] < self.order[action.message_id]:
                     assert not self.may_run(earlier, array_task), f"{earlier} came first"
             self.has[action.link].add(action.message_id)
@@ -740,8 +754,12 @@ class Behaviour(RuleBasedStateMachine):
         return parts.sequence < sequences or 0 < parts.server_round < self.newest_round
 
     def may_run(self, message_id: str, array_task: int) -> bool:
-        pin = self.client_of[message_id] % self.ARRAY_TASKS
-        return self.placement == "any" or pin == array_task
+        return self.pin(message_id) in (None, array_task)
+
+    def pin(self, message_id: str) -> int | None:
+        client_id = self.client_of[message_id]
+        is_free = self.placement == "any" or client_id == self.ANYWHERE
+        return None if is_free else client_id % self.ARRAY_TASKS
 
     def array_task_of(self, link: int) -> int | None:
         return next((task for task, number in self.link_of.items() if number == link), None)
@@ -800,7 +818,8 @@ class Behaviour(RuleBasedStateMachine):
             parts.sequence + 1, self.sequences[parts.server_round, client_id]
         )
         expected = float(client_id % 3)
-        self.dispatch.submit(message_id, client_id, self.fingerprint(message_id), expected)
+        asked = None if client_id == self.ANYWHERE else client_id
+        self.dispatch.submit(message_id, asked, self.fingerprint(message_id), expected)
         self.client_of[message_id] = client_id
         self.open.add(message_id)
         self.submitted.append(message_id)

@@ -1,7 +1,11 @@
 """Messages as bytes and blobs, and back."""
 
+import copy
 import hashlib
 import io
+import pickle
+import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,8 +22,16 @@ from flwr.app import (
 )
 from safetensors.numpy import load as load_safetensors
 
+from fedhpc import files
 from fedhpc.federation import compat, payload
-from fedhpc.federation.payload import ArrayCache, Blob, Packed, decode_arrays, encode_arrays
+from fedhpc.federation.payload import (
+    ArrayCache,
+    Blob,
+    Packed,
+    decode_arrays,
+    encode_arrays,
+    map_arrays,
+)
 
 PLAIN = [
     "float64", "float32", "float16", "int64", "int32", "int16", "int8",
@@ -161,6 +173,118 @@ def test_what_is_decoded_does_not_change_with_the_buffer() -> None:
     np.testing.assert_array_equal(found["a"].numpy(), np.arange(4))
 
 
+# --- arrays that stay in their blob ----------------------------------------------------------
+
+
+def mapped(arrays: ArrayRecord) -> ArrayRecord:
+    blob = memoryview(content_of(encode_arrays(arrays)))
+    return map_arrays(compat.without_data(arrays), blob)
+
+
+MIXED = [*PLAIN, *RAW]
+
+
+def mixed() -> ArrayRecord:
+    arrays = record(**{f"of {dtype}": values(dtype) for dtype in MIXED})
+    arrays["scalar"] = Array(np.array(2.5))
+    arrays["empty"] = Array(np.zeros((0, 3), dtype=np.int16))
+    arrays["Fortran"] = Array(np.asfortranarray(np.arange(6.0).reshape(2, 3)))
+    arrays["mine"] = Array("float32", (2,), "my.own.format", b"\x01\x02\x03")
+    return arrays
+
+
+def test_mapped_arrays_are_those_that_were_sent_byte_by_byte() -> None:
+    assert_same(mapped(mixed()), mixed())
+    assert {name: array.data for name, array in mapped(mixed()).items()} == {
+        name: array.data for name, array in mixed().items()
+    }
+    assert mapped(mixed()) == mixed()
+    assert mixed() == mapped(mixed())
+    other = mixed()
+    other["scalar"] = Array(np.array(3.5))
+    assert mapped(mixed()) != other
+
+
+def test_mapped_arrays_make_the_same_blob_again_without_a_copy() -> None:
+    found = mapped(mixed())
+    again = encode_arrays(found)
+    assert again == encode_arrays(mixed())
+    assert content_of(again) == content_of(encode_arrays(mixed()))
+    views = [part for part in again.parts[1:] if len(part)]
+    assert len({id(view.obj) for view in views if isinstance(view, memoryview)}) == 1
+
+
+def test_what_a_mapped_array_gives_away_can_be_changed_and_it_stays_as_it_is() -> None:
+    array = mapped(record(a=np.arange(4.0)))["a"]
+    array.numpy()[:] = 7
+    np.testing.assert_array_equal(array.numpy(), np.arange(4.0))
+
+
+def test_a_mapped_array_takes_other_data() -> None:
+    found = mapped(record(a=np.arange(4.0)))
+    found["a"].data = Array(np.ones(4)).data
+    np.testing.assert_array_equal(found["a"].numpy(), np.ones(4))
+    assert encode_arrays(found) == encode_arrays(record(a=np.ones(4)))
+
+
+def test_a_mapped_record_is_a_record_like_any_other() -> None:
+    expected = record(a=np.arange(3), b=np.ones(2), c=np.zeros(1))
+    found = mapped(expected)
+    before = found.copy()
+    for arrays in (found, expected):
+        assert arrays.pop("b").numpy().tolist() == [1, 1]
+        arrays["d"] = Array(np.array([5.0]))
+        arrays["a"] = Array(np.array([6]))
+    assert list(found) == list(expected) == ["a", "c", "d"]
+    assert len(found) == 3
+    assert "b" not in found
+    assert found == expected
+    with pytest.raises(KeyError):
+        found["b"]
+    assert list(before) == ["a", "b", "c"]
+    assert before["a"].numpy().tolist() == [0, 1, 2]
+
+
+def test_copies_of_mapped_arrays_need_no_blob() -> None:
+    arrays = mapped(record(a=np.arange(4.0)))
+    for made in (copy.deepcopy(arrays), pickle.loads(pickle.dumps(arrays))):
+        assert type(made["a"]) is Array
+        assert made == arrays
+
+
+def test_a_record_in_a_blob_takes_little_memory_however_many_arrays_it_has() -> None:
+    arrays = record(**{f"layer.{i}.weight": np.zeros(i) for i in range(200)})
+    skeleton, blob = compat.without_data(arrays), memoryview(content_of(encode_arrays(arrays)))
+    map_arrays(skeleton, blob)  # what all of them share
+    tracemalloc.start()
+    replies = [map_arrays(skeleton, blob) for _ in range(100)]
+    assert all(len(list(reply.values())) == 200 for reply in replies)
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert used / len(replies) < 4096
+
+
+def test_replies_in_files_take_no_memory_before_they_are_read_nor_afterwards(
+    tmp_path: Path,
+) -> None:
+    arrays = record(**{str(i): np.full(2_000_000, i, dtype=np.float32) for i in range(4)})
+    blob = encode_arrays(arrays)
+    replies, before_mb = [], resident_mb()
+    for number in range(4):
+        path = tmp_path / str(number)
+        files.write_atomic(path, blob.parts)
+        replies.append(map_arrays(compat.without_data(arrays), files.map_whole(path, blob.size)))
+        path.unlink()
+    total = sum(float(array.numpy()[0]) for reply in replies for array in reply.values())
+    assert total == 4 * (0 + 1 + 2 + 3)
+    assert resident_mb() - before_mb < 16  # of 128 MB; one array is 8 MB
+
+
+def resident_mb() -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS"))
+
+
 # --- blobs ---------------------------------------------------------------------------------------
 
 
@@ -249,6 +373,18 @@ def test_a_message_travels_whole() -> None:
     assert got.content["config"] == sent.content["config"]
     assert got.content["metrics"] == sent.content["metrics"]
     assert_same(got.content.array_records["arrays"], sent.content.array_records["arrays"])
+
+
+def test_messages_with_the_same_names_and_shapes_are_not_mixed_up() -> None:
+    first, second = (
+        unpacked(payload.pack(message(record(a=np.full(3, value))), None, ArrayCache()))[0]
+        for value in (1.0, 2.0)
+    )
+    first.content.array_records["arrays"]["b"] = Array(np.zeros(1))
+    del first.content.array_records["arrays"]["a"]
+    assert_same(second.content.array_records["arrays"], record(a=np.full(3, 2.0)))
+    third, _ = unpacked(payload.pack(message(record(a=np.full(3, 3.0))), None, ArrayCache()))
+    assert_same(third.content.array_records["arrays"], record(a=np.full(3, 3.0)))
 
 
 def test_packing_does_not_change_the_message() -> None:

@@ -1,0 +1,174 @@
+"""Flower's arrays whose data stay in a blob until somebody asks for them."""
+
+import io
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from flwr.app import Array
+
+from fedhpc import files
+
+
+class Place(NamedTuple):
+    """What an array is, and where its data are in a blob.
+
+    Attributes
+    ----------
+    dtype, shape, stype
+        See Flower's Array.
+    descr : str
+        numpy's name of the type of plain data in C order; "" for Flower's bytes as they are.
+    start, end : int
+        Bytes of the blob.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    stype: str
+    descr: str
+    start: int
+    end: int
+
+
+class MappedArrays(MutableMapping[str, Array]):
+    """What a record of Flower's holds: arrays over a blob, made anew each time one is asked for.
+
+    So a record takes the same little memory however many arrays it has and however large they are,
+    before and after it is read.
+
+    Parameters
+    ----------
+    places : mapping
+        The arrays by name; records with the same ones may share it.
+    blob : memoryview
+        All data.
+    """
+
+    def __init__(self, places: Mapping[str, Place], blob: memoryview) -> None:
+        self._places = places
+        self._blob = blob
+        self._changed: dict[str, Array | None] | None = None  # by name, once there is a change
+
+    def __getitem__(self, name: str) -> Array:
+        if self._changed is not None:
+            found = self._changed[name]
+            if found is not None:
+                return found
+        return MappedArray(self._places[name], self._blob, lambda array: self._set(name, array))
+
+    def __setitem__(self, name: str, array: Array) -> None:
+        self._set(name, array)
+
+    def __delitem__(self, name: str) -> None:
+        del self._own()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places if self._changed is None else self._changed)
+
+    def __len__(self) -> int:
+        return len(self._places if self._changed is None else self._changed)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)
+
+    def copy(self) -> Self:
+        """Return a mapping whose changes are its own."""
+        made = type(self)(self._places, self._blob)
+        made._changed = None if self._changed is None else self._changed.copy()
+        return made
+
+    def _set(self, name: str, array: Array) -> None:
+        self._own()[name] = array
+
+    def _own(self) -> dict[str, Array | None]:
+        if self._changed is None:
+            self._changed = dict.fromkeys(self._places)
+        return self._changed
+
+
+class MappedArray(Array):
+    """An array whose data lie in a blob: they are read when they are asked for, and not kept.
+
+    What a strategy or an app does with it is the same as with any other: `numpy` returns an array
+    of its own each time. Flower's Array is a dataclass that keeps ``data`` as bytes; here ``data``
+    is a property.
+
+    Parameters
+    ----------
+    place : Place
+        What it is, and where in the blob.
+    blob : memoryview
+        The data of this array and of others.
+    on_change : callable
+        Told of this array when it gets other data.
+    """
+
+    def __init__(
+        self, place: Place, blob: memoryview, on_change: Callable[["MappedArray"], None]
+    ) -> None:
+        super().__init__(place.dtype, place.shape, place.stype, b"")
+        self.__dict__.update(_place=place, _blob=blob, _own=None, _on_change=on_change)
+
+    @property
+    def body(self) -> tuple[memoryview, str] | None:
+        """The data and numpy's name of their type; None if an app has put others there."""
+        if self.__dict__["_own"] is not None:
+            return None
+        place: Place = self.__dict__["_place"]
+        blob: memoryview = self.__dict__["_blob"]
+        return blob[place.start : place.end], place.descr
+
+    @property
+    def size(self) -> int:
+        """Bytes of the data."""
+        return len(self.data if self.body is None else self.body[0])
+
+    @property
+    def data(self) -> bytes:
+        """Flower's bytes: a copy each time."""
+        if self.body is None:
+            own: bytes = self.__dict__["_own"]
+            return own
+        body, descr = self.body
+        content = b"".join((npy_header(descr, self.shape) if descr else b"", body))
+        files.unload(self.__dict__["_blob"])
+        return content
+
+    @data.setter
+    def data(self, data: bytes) -> None:
+        self.__dict__["_own"] = data
+        if "_on_change" in self.__dict__:  # else it is being made
+            self.__dict__["_on_change"](self)
+
+    def numpy(self) -> np.ndarray:
+        """Return a copy of the data, as numpy."""
+        body, descr = self.body or (b"", "")
+        if not descr:
+            return super().numpy()
+        array = np.ndarray(self.shape, descr, body).copy()
+        files.unload(self.__dict__["_blob"])
+        return array
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Array):
+            return NotImplemented
+        mine, others = ((a.dtype, a.shape, a.stype, a.data) for a in (self, other))
+        return mine == others
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Array, (self.dtype, self.shape, self.stype, self.data)
+
+
+def npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
+    """Return what stands before the data of an array in C order in Flower's bytes of it."""
+    out = io.BytesIO()
+    np.lib.format.write_array_header_1_0(
+        out, {"descr": descr, "fortran_order": False, "shape": shape}
+    )
+    return out.getvalue()
