@@ -71,12 +71,12 @@ def _to_array_task(*words: str) -> Inject:
     return inject
 
 
-def _to_server(*words: str) -> Inject:
+def _to_server(*words: str, shows: str = "queued") -> Inject:
     def inject(run: DisturbedRun, _draws: random.Random) -> str | None:
         if (job_id := _running(run, "server")) is None:
             return None
         _command(*words, job_id)
-        return "queued"
+        return shows
 
     return inject
 
@@ -153,7 +153,8 @@ KINDS = {
         Kind("server-requeued", "scontrol requeue of the server job",
              _to_server("scontrol", "requeue")),
         Kind("server-signalled", "scancel --signal=USR2 of the server job",
-             _to_server("scancel", "--full", _USR2), "perhaps", ("failed", 75)),
+             _to_server("scancel", "--full", _USR2, shows="time limit"), "perhaps",
+             ("failed", 75)),
         Kind("server-cancelled", "scancel of the server job; resumed", _to_server(*_CANCELLED),
              "always", ("cancelled", 143)),
         Kind("element-preempted", "a job of a higher partition takes an array task's node",
