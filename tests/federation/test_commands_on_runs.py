@@ -43,11 +43,11 @@ def detached(submitter: Submitter, *sets: str) -> RunPaths:
 
 
 def test_a_run_is_seen_while_it_lasts_and_after_and_then_cleaned(submitter: Submitter) -> None:
-    paths = detached(submitter, "federation.num_rounds=25", "cluster.array_tasks=2")
+    paths = detached(submitter, "federation.num_rounds=60", "cluster.array_tasks=2")
     following = start("logs", paths.root, "--follow")
     watching = start("status", paths.root, "--watch")
     known = status(paths)
-    assert (known["state"], known["num_rounds"]) == ("running", 25)
+    assert (known["state"], known["num_rounds"]) == ("running", 60)
     assert [job["state"] for job in known["jobs"].values()] == ["RUNNING"] * 3
     assert start("clean", paths.root, "--yes").wait(timeout=60) == 1
 
