@@ -114,8 +114,7 @@ def main() -> None:
         run_dir = make_run(Path(folder), options.config, options.set)
         pool_options = PoolOptions(
             fits_per_process=0,
-            preload=[*DEFAULT_PRELOAD, "flwr.clientapp", FIT, "fedhpc.federation.client_app",
-                     "sklearn.metrics"],
+            preload=[*DEFAULT_PRELOAD, "flwr.clientapp", FIT, "fedhpc.federation.client_app"],
             prepare=f"{FIT}:prepare", prepare_arg=str(run_dir), prepare_early=True,
         )  # fmt: skip
         seen = []

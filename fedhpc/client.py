@@ -254,14 +254,13 @@ class ArrayTask:
         preload = [*DEFAULT_PRELOAD, "flwr.clientapp", FIT, *isolation.preload]
         if builtin:
             preload.append("fedhpc.federation.client_app")
-            if self._config.federation.clients_per_evaluation:
-                preload.append("sklearn.metrics")
         return PoolOptions(
             start_method=isolation.start_method,
             fits_per_process=isolation.fits_per_process,
             threads_per_fit=isolation.threads_per_fit,
             standby=standby,
             preload=preload,
+            huge_pages=isolation.fits_per_process == 1,  # they pay where there are many forks
             learn_preload=isolation.learn_preload,
             prepare=f"{FIT}:prepare",
             prepare_arg=str(self._paths.root),

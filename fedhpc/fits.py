@@ -4,7 +4,6 @@ import contextlib
 import logging
 import queue
 import threading
-import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable
@@ -33,9 +32,6 @@ logger = logging.getLogger(__name__)
 FIT = "fedhpc.federation.fit"
 _TRIES = 3  # of a fit whose child or fork server was killed
 _TRIES_WITHOUT_MEMORY = 2  # of one that the kernel killed for want of memory
-
-
-_Queued = tuple[float, Held]  # when it came, and what
 
 
 class Fits:
@@ -73,9 +69,9 @@ class Fits:
         self._on_useless = on_useless
         self._peaks = Peaks(paths.peaks)
         self._lock = threading.Lock()
-        self._waiting: deque[_Queued] = deque()  # where every slot is busy
+        self._waiting: deque[Held] = deque()  # ahead of their turn: every slot is busy
         self._idle: dict[int, Slot] = {}
-        self._given_to: dict[int, queue.SimpleQueue[_Queued]] = {
+        self._given_to: dict[int, queue.SimpleQueue[Held]] = {
             slot.index: queue.SimpleQueue() for slot in slots
         }
         self._held: dict[str, Held] = {}
@@ -148,7 +144,7 @@ class Fits:
             self._fits += 1
             tag = f"{work.message_id} #{self._fits}"
             held = self._held[work.message_id] = Held(work, tag, self._blobs.open(work))
-            self._give((time.monotonic(), held))
+            self._give(held)
 
     def _keep(self, message_id: str) -> None:
         """Let the server have the result of a fit from before, as soon as it is there."""
@@ -174,7 +170,7 @@ class Fits:
 
     # --- slots ---
 
-    def _give(self, item: _Queued) -> None:
+    def _give(self, held: Held) -> None:
         """Give a fit to the slot that is free for longest, on the GPU that has fewest; locked."""
         busy = Counter(
             gpu for slot in self._slots if slot.index not in self._idle for gpu in slot.gpus
@@ -182,11 +178,11 @@ class Fits:
         if free := [slot for slot in self._idle.values() if slot in self._slots]:
             slot = min(free, key=lambda slot: sum(busy[gpu] for gpu in slot.gpus))
             del self._idle[slot.index]
-            self._given_to[slot.index].put(item)
+            self._given_to[slot.index].put(held)
         else:
-            self._waiting.append(item)
+            self._waiting.append(held)
 
-    def _next(self, slot: Slot) -> _Queued | None:
+    def _next(self, slot: Slot) -> Held | None:
         """Wait for the next fit of a slot; None if its GPU is lost."""
         with self._lock:
             if slot not in self._slots:
@@ -194,15 +190,17 @@ class Fits:
             if self._waiting:
                 return self._waiting.popleft()
             self._idle[slot.index] = slot
+            alike = sum(other.env == slot.env for other in self._idle.values())
+        if self._config.isolation.standby == "auto":
+            self._pool.stand_by(slot, alike)
         return self._given_to[slot.index].get()
 
     def _work_in(self, slot: Slot) -> None:
-        while (item := self._next(slot)) is not None:
-            queued_s, held = item
+        while (held := self._next(slot)) is not None:
             try:
                 if not self._is_held(held):
                     continue  # cancelled while it waited
-                result = self._run(held, slot, time.monotonic() - queued_s)
+                result = self._run(held, slot)
             except GpuLost as error:
                 self._lose(slot, held, error)
                 continue
@@ -280,12 +278,12 @@ class Fits:
 
     # --- one fit ---
 
-    def _run(self, held: Held, slot: Slot, wait_s: float) -> Result:
+    def _run(self, held: Held, slot: Slot) -> Result:
         """Run a fit; what goes wrong is a result too, unless the fit can run again or elsewhere."""
         work, fds = held.work, []
         try:
             fds = held.open_inputs(self._paths)
-            return self._run_again(held, fds, slot, wait_s)
+            return self._run_again(held, fds, slot)
         except (GpuLost, FitCancelled, InputsGone):
             raise
         except FitFailed as error:
@@ -300,13 +298,13 @@ class Fits:
         finally:
             channel.close_all(fds)
 
-    def _run_again(self, held: Held, fds: list[int], slot: Slot, wait_s: float) -> Result:
+    def _run_again(self, held: Held, fds: list[int], slot: Slot) -> Result:
         """Run a fit, and again if somebody else killed it."""
         tries_left = _TRIES
         while True:
             tries_left -= 1
             try:
-                return self._try(held, fds, slot, wait_s)
+                return self._try(held, fds, slot)
             except (ForkServerDied, FitKilled) as error:
                 if isinstance(error, FitKilled) and error.for_memory:
                     tries_left = min(tries_left, _TRIES_WITHOUT_MEMORY - 1)
@@ -319,7 +317,7 @@ class Fits:
         with self._lock:
             return self._held.get(held.work.message_id) is held
 
-    def _try(self, held: Held, fds: list[int], slot: Slot, wait_s: float) -> Result:
+    def _try(self, held: Held, fds: list[int], slot: Slot) -> Result:
         parts = message_ids.read(held.work.message_id)
         kind = self._kind_of(parts.verb)
         usages: list[Usage] = []
@@ -368,7 +366,7 @@ class Fits:
             self._learn(kind, reply.gpu_peak_bytes, reply.gpu_context_bytes)
         message = grid_pb2.Result.FromString(bytes(channel.map_file(reply.buffers[0])))
         channel.close_all(reply.buffers[:1])
-        message.fit.CopyFrom(fit_of(reply, slot, wait_s))
+        message.fit.CopyFrom(fit_of(reply, slot))
         return Result(message, reply.buffers[1:])
 
     def _kind_of(self, verb: str) -> str:

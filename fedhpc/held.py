@@ -135,11 +135,11 @@ def mb(bytes_: int | None) -> float | None:
     return None if bytes_ is None else round(bytes_ / 1e6, 1)
 
 
-def fit_of(reply: Reply, slot: Slot, queued_s: float) -> grid_pb2.Fit:
+def fit_of(reply: Reply, slot: Slot) -> grid_pb2.Fit:
     """Return how a fit went."""
     return grid_pb2.Fit(
         slot=slot.index,
-        wait_s=queued_s + reply.wait_s,
+        wait_s=reply.wait_s,
         start_s=reply.start_s,
         run_s=reply.run_s,
         return_s=reply.return_s,

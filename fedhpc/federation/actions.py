@@ -12,6 +12,14 @@ class Assign:
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A slot of the link is the message's from now on, as far as is known here."""
+
+    link: int
+    message_id: str
+
+
+@dataclass(frozen=True)
 class Keep:
     """The link's array task has the message from before: its result is wanted."""
 
@@ -43,4 +51,4 @@ class Fail:
     reason: str
 
 
-Action = Assign | Keep | Cancel | Drop | Fail
+Action = Assign | Turn | Keep | Cancel | Drop | Fail

@@ -15,10 +15,11 @@ OTHER = "other"
 PHASES = ("configure", "send", "clients", "receive", "aggregate", "evaluate", "checkpoint", OTHER)
 
 # What slots do. Of a fit that was of use: it waited for its slot and memory, its child started,
-# the app ran, the reply was handed over in the array task; what is left of the time from its
-# assignment until its result was there is the link's. `lost` are fits that were of no use: failed,
-# cancelled, late, or lost with their array task. Without a fit a slot is `idle` while clients are
-# asked something (at the end of a round: its tail), and `between` while they are not.
+# the app ran, the reply was handed over in the array task; what is left of the time from its turn
+# (it was assigned, and a slot was free) until its result was there is the link's. `lost` are fits
+# that were of no use: failed, cancelled, late, or lost with their array task. Without a fit a slot
+# is `idle` while clients are asked something (at the end of a round: its tail), and `between` while
+# they are not.
 OF_FIT = ("wait", "start", "run", "return")
 USES = (*OF_FIT, "link", "lost", "idle", "between")
 
@@ -68,7 +69,7 @@ class SlotSeconds:
     Attributes
     ----------
     busy_s : float
-        With a fit, from its assignment until its result was there.
+        With a fit, from its turn until its result was there.
     idle_s : float
         Without one, while clients were asked something.
     between_s : float
@@ -151,11 +152,11 @@ class SlotAccount:
         Parameters
         ----------
         held_s : float
-            Seconds from its assignment until its result was there.
+            Seconds from its turn until its result was there.
         of_fit : dict
             What the array task says that they went into: seconds for each of `OF_FIT`.
         """
-        # One that came back with its array task has been held for longer than it was assigned.
+        # One that came back with its array task, or was there ahead of its turn, has begun earlier.
         share = min(1.0, held_s / told_s) if (told_s := sum(of_fit.values())) > 0 else 1.0
         for use, seconds in of_fit.items():
             self._of_fits[use] += share * seconds

@@ -5,6 +5,10 @@ once: by the first result that arrives, from whichever array task; by a failure,
 that ran it were lost again and again; or by being withdrawn. What will take longest goes first, so
 that a round does not end with one long fit and idle slots.
 
+While more messages wait than the other array tasks have slots, an array task gets some ahead of
+their turn, one for each slot, so that none of its slots waits for the network. A message that is
+ahead of its turn in one place moves on to a slot that is free in another.
+
 An array task that comes back says which fits it has from before. Those that nobody has asked for
 yet are *offers*: the server may be a new attempt that has not come as far again. An offer takes a
 slot until it is asked for, has become pointless, or the slot is needed.
@@ -13,11 +17,11 @@ slot until it is asked for, has become pointless, or the slot is needed.
 import heapq
 from bisect import insort
 from collections import defaultdict
-from collections.abc import Mapping, Set
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fedhpc.federation.actions import Action, Assign, Cancel, Drop, Fail, Keep
+from fedhpc.federation.actions import Action, Assign, Cancel, Drop, Fail, Keep, Turn
 from fedhpc.federation.offers import Offers
 from fedhpc.federation.roster import Link, Occupancy
 
@@ -109,9 +113,9 @@ class Dispatch:
         return self._occupancy.slots, self._occupancy.busy
 
     def running_on(self, link: int) -> int:
-        """How many messages a link's array task has, offers included."""
+        """How many slots of a link's array task have a message, or an offer."""
         found = self._links.get(link)  # at once: other threads ask too
-        return len(found.assigned) + len(self._offers.of(link)) if found else 0
+        return min(found.slots, len(found.assigned) + len(self._offers.of(link))) if found else 0
 
     def waiting_for(self, array_task: int) -> int:
         """How many messages wait for an array task, as they are pinned to it."""
@@ -214,8 +218,7 @@ class Dispatch:
     def hand_back(self, link: int, message_id: str, reason: str) -> None:
         """Note that a link's array task cannot run a message that it was given, or offered."""
         self._offers.remove(link, message_id)
-        if link in self._links and message_id in self._links[link].assigned:
-            self._links[link].assigned.discard(message_id)
+        if link in self._links and self._links[link].assigned.pop(message_id, None) is not None:
             self._take_away(link, self._links[link], message_id, reason, blame=True)
         self._count(link)
 
@@ -244,7 +247,7 @@ class Dispatch:
         """Note a result; return whether it is the first one and so counts."""
         message = self._messages.pop(message_id, None)
         if link in self._links:
-            self._links[link].assigned.discard(message_id)
+            self._links[link].assigned.pop(message_id, None)
             self._count(link)
         if message is None:
             return False
@@ -287,6 +290,7 @@ class Dispatch:
     def _count(self, number: int) -> None:
         """Count the slots of a link anew, after whatever may have changed them."""
         if link := self._links.get(number):
+            self._actions += [Turn(number, message_id) for message_id in link.turns()]
             self._occupancy.count(number, link, len(self._offers.of(number)))
             self._changed |= {link.array_task, None} if self._pinned else {None}
 
@@ -295,15 +299,19 @@ class Dispatch:
             return
         while self._changed:
             pin = self._changed.pop()
-            if waiting := self._waiting.get(pin):
-                roomy = self._occupancy.roomy
-                may_run = roomy if pin is None else roomy.intersection(self.links_of(pin))
-                self._assign_to(waiting, may_run)
+            if pin is None:
+                self._assign_to(self._waiting[pin], None)
+                if not self._pinned:
+                    self._move_on()
+            elif waiting := self._waiting.get(pin):
+                self._assign_to(waiting, self.links_of(pin))
 
-    def _assign_to(self, waiting: _Queue, roomy: Set[int]) -> None:
-        """Assign messages to links that may all run each of them."""
+    def _assign_to(self, waiting: _Queue, eligible: list[int] | None) -> None:
+        """Assign messages to links that may all run each of them; None: all links."""
+        roomy, early = self._occupancy.roomy, self._occupancy.early
         # The emptiest link first, so that few fits spread over all nodes.
-        emptiest = [(-self._free(number), number) for number in roomy]
+        may_run = roomy if eligible is None else roomy.intersection(eligible)
+        emptiest = [(-self._free(number), number) for number in may_run]
         heapq.heapify(emptiest)
         while waiting:
             order, message_id = waiting[0]
@@ -313,19 +321,46 @@ class Dispatch:
                     _, link = heapq.heappop(emptiest)
                 elif (found := self._make_room(message)) is not None:
                     link = found
+                elif self._is_long(waiting, eligible) and (
+                    may_have := early if eligible is None else early.intersection(eligible)
+                ):
+                    link = next(iter(may_have))
                 else:
                     return
-                message.links.add(link)
-                self._links[link].assigned.add(message_id)
-                self._actions.append(Assign(link, message_id))
-                self._count(link)
+                self._assign_one(link, message)
                 if (free := self._free(link)) > 0:
                     heapq.heappush(emptiest, (-free, link))
             del waiting[0]
 
+    def _assign_one(self, number: int, message: _Message) -> None:
+        message.links.add(number)
+        self._links[number].assigned[message.message_id] = False
+        self._actions.append(Assign(number, message.message_id))
+        self._count(number)
+
+    def _is_long(self, waiting: _Queue, eligible: list[int] | None) -> bool:
+        """Return whether more messages wait than the other links that may run them have slots."""
+        if self._pinned:
+            return eligible is not None
+        links = len(self._links)
+        return len(waiting) * links > self._occupancy.slots * (links - 1)
+
+    def _move_on(self) -> None:
+        """Move messages that are ahead of their turn to slots that are free, as no others wait."""
+        while not self._waiting[None] and self._occupancy.roomy and self._occupancy.behind:
+            behind = max(self._occupancy.behind, key=lambda number: -self._free(number))
+            message_id, _ = self._links[behind].assigned.popitem()
+            message = self._messages[message_id]
+            message.links.discard(behind)
+            self._actions.append(Cancel(behind, message_id))
+            self._count(behind)
+            if not message.links:
+                self._assign_one(max(self._occupancy.roomy, key=self._free), message)
+
     def _free(self, number: int) -> int:
         """Return how many slots of a link have neither a message nor an offer."""
-        return self._links[number].slots - self.running_on(number)
+        link = self._links[number]
+        return link.slots - len(link.assigned) - len(self._offers.of(number))
 
     def _may_run(self, number: int, message: _Message) -> bool:
         return message.pin is None or self._links[number].array_task == message.pin
@@ -344,9 +379,9 @@ class Dispatch:
         """Take what a link holds for an answer, if it answers what is asked."""
         if fingerprint == message.fingerprint:
             message.links.add(number)
-            self._links[number].assigned.add(message.message_id)
-            self._count(number)
+            self._links[number].assigned[message.message_id] = False
             self._actions.append(Keep(number, message.message_id))
+            self._count(number)
         else:
             self._actions.append(Cancel(number, message.message_id))
             self._count(number)  # it was an offer
@@ -358,18 +393,18 @@ class Dispatch:
 
     def _release(self, message: _Message, cancel_except: int | None) -> None:
         for number in sorted(message.links):
-            self._links[number].assigned.discard(message.message_id)
-            self._count(number)
+            self._links[number].assigned.pop(message.message_id, None)
             if number != cancel_except:
                 self._actions.append(Cancel(number, message.message_id))
+            self._count(number)
 
     def _lose(self, number: int, reason: str, *, blame: bool = True) -> None:
         link = self._links.pop(number)
         self._occupancy.remove(number)
         self._offers.remove_all(number)
         self._actions.append(Drop(number, reason))
-        for message_id in sorted(link.assigned):
-            self._take_away(number, link, message_id, reason, blame=blame)
+        for message_id, begun in sorted(link.assigned.items()):
+            self._take_away(number, link, message_id, reason, blame=blame and begun)
 
     def _take_away(
         self, number: int, link: Link, message_id: str, reason: str, *, blame: bool

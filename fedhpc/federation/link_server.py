@@ -344,7 +344,7 @@ class LinkServer:
             ToArrayTask(accepted=grid_pb2.Accepted(message_id=result.message_id))
         )
         now_s = time.monotonic()
-        held_s = now_s - peer.given_s.pop(result.message_id, now_s)
+        held_s = now_s - peer.turn_s.pop(result.message_id, now_s)
         response = peer.response(result, held_s)
         if self._machine.answered(peer.number, result.message_id):
             failed = response.failure is not None
@@ -371,9 +371,9 @@ class LinkServer:
             peer = self._peers.get(action.link)
             if peer is None:
                 continue
-            if isinstance(action, actions.Assign | actions.Keep):
-                peer.given_s[action.message_id] = time.monotonic()
-            if isinstance(action, actions.Assign):
+            if isinstance(action, actions.Turn):
+                peer.turn_s[action.message_id] = time.monotonic()
+            elif isinstance(action, actions.Assign):
                 peer.outgoing.put_nowait(ToArrayTask(work=self._work(action.message_id)))
             elif isinstance(action, actions.Keep):
                 keep = grid_pb2.Keep(message_id=action.message_id)
@@ -381,7 +381,7 @@ class LinkServer:
             elif isinstance(action, actions.Cancel):
                 cancel = grid_pb2.Cancel(message_id=action.message_id)
                 peer.outgoing.put_nowait(ToArrayTask(cancel=cancel))
-                peer.given_s.pop(action.message_id, None)
+                peer.turn_s.pop(action.message_id, None)
             elif not peer.dropped.done():
                 peer.dropped.set_result(action.reason)
         slots, busy = self._machine.occupancy()

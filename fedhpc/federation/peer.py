@@ -54,8 +54,8 @@ class Peer:
         What to write; None ends the stream.
     sent : set of str
         Digests of the blobs that it has.
-    given_s : dict
-        When it was given each fit that it has, by message.
+    turn_s : dict
+        When the turn of each fit that it has came, by message.
     waiting : list of str
         What its fits wait for, in words.
     goodbye : str
@@ -69,7 +69,7 @@ class Peer:
     slots: int
     outgoing: asyncio.Queue[grid_pb2.ToArrayTask | None] = field(default_factory=asyncio.Queue)
     sent: set[str] = field(default_factory=set)
-    given_s: dict[str, float] = field(default_factory=dict)
+    turn_s: dict[str, float] = field(default_factory=dict)
     waiting: list[str] = field(default_factory=list)
     goodbye: str = ""
     dropped: asyncio.Future[str] = field(

@@ -4,6 +4,7 @@ What follows from them is kept up to date, not found anew at each result: a run 
 """
 
 from dataclasses import dataclass, field
+from itertools import islice
 
 
 @dataclass
@@ -18,14 +19,21 @@ class Link:
         Fits it runs at a time.
     heard_s : float
         When it was heard last.
-    assigned : set of str
-        Messages that it has.
+    assigned : dict of str to bool
+        Messages that it has, in the order in which it has got them, and whether their turn has
+        come: the others are there ahead of it.
     """
 
     array_task: int
     slots: int
     heard_s: float
-    assigned: set[str] = field(default_factory=set)
+    assigned: dict[str, bool] = field(default_factory=dict)
+
+    def turns(self) -> list[str]:
+        """Return the messages whose turn has come since the last call."""
+        begun = [name for name, had in islice(self.assigned.items(), self.slots) if not had]
+        self.assigned.update(dict.fromkeys(begun, True))
+        return begun
 
 
 class Occupancy:
@@ -37,11 +45,17 @@ class Occupancy:
         How many there are, and how many of them have a message.
     roomy : set of int
         Links with a slot that has neither a message nor an offer.
+    early : set of int
+        Links without, that may have one more message ahead of its turn: one for each slot.
+    behind : set of int
+        Links that have a message ahead of its turn.
     """
 
     def __init__(self) -> None:
         self.slots = self.busy = 0
         self.roomy: set[int] = set()
+        self.early: set[int] = set()
+        self.behind: set[int] = set()
         self._counted: dict[int, tuple[int, int]] = {}
 
     def count(self, number: int, link: Link, offers: int) -> None:
@@ -51,12 +65,18 @@ class Occupancy:
         self._counted[number] = link.slots, busy
         self.slots += link.slots
         self.busy += busy
-        if link.slots > len(link.assigned) + offers:
+        taken = len(link.assigned) + offers
+        if taken < link.slots:
             self.roomy.add(number)
+        elif taken < 2 * link.slots:
+            self.early.add(number)
+        if not all(islice(reversed(link.assigned.values()), 1)):
+            self.behind.add(number)
 
     def remove(self, number: int) -> None:
         """Forget a link."""
         slots, busy = self._counted.pop(number, (0, 0))
         self.slots -= slots
         self.busy -= busy
-        self.roomy.discard(number)
+        for links in (self.roomy, self.early, self.behind):
+            links.discard(number)

@@ -1,6 +1,7 @@
 """Where randomness comes from: the run's seed and what is being done, never who does it or when."""
 
 import hashlib
+import os
 import random
 import sys
 
@@ -26,4 +27,9 @@ def seed_all(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002  (Flower draws its noise from this one)
     if torch := sys.modules.get("torch"):
-        torch.manual_seed(seed)
+        if os.environ.get("CUDA_VISIBLE_DEVICES") == "":
+            # What notes the call's stack for a GPU that may be used later reads the sources of all
+            # modules on it: 3.6 ms in a fresh process.
+            torch.default_generator.manual_seed(seed)
+        else:
+            torch.manual_seed(seed)

@@ -36,7 +36,7 @@ def main(grid: Grid, context: Context) -> None:
         standby=False,
         huge_pages=False,  # one child a round: it would not pay
         # No optimizer steps here: without torch._dynamo the first model is there sooner.
-        preload=("numpy", "torch", "sklearn.metrics", f"{_MODULE}_children"),
+        preload=("numpy", "torch", f"{_MODULE}_children"),
         prepare=f"{_MODULE}_children:prepare",
         prepare_arg=run_dir,
         prepare_early=True,

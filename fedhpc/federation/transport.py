@@ -51,7 +51,7 @@ class Response:
     array_task : int or None
         Where it ran, and on which ``host``.
     held_s : float
-        Seconds from its last assignment to that array task until its result was there.
+        Seconds from its turn on that array task until its result was there.
     """
 
     message_id: str

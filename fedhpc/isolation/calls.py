@@ -49,7 +49,7 @@ class PoolOptions:
         children inherit what a first fit sets up. For pools without GPUs, which it must not see;
         it must not start threads.
     huge_pages : bool
-        Spend most of a second at the start of the fork server to make every fork cheaper.
+        Spend up to a second of the fork server's, between requests, to make every fork cheaper.
     host_memory_bytes : int, optional
         What a fit may use on the host, more than its child has at the start. On the CPU the kernel
         refuses more (`host_memory.limit_own_data`).

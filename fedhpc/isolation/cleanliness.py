@@ -97,8 +97,11 @@ class Cleanliness:
         own_files : collection of int
             Descriptors that are open for the caller's own sake.
         """
+        # What is in a cycle is not gone yet: Flower's messages are, with all that came in them.
+        # What the first fit leaves is not looked through again.
+        gc.collect()
         if self._resources is None:
-            gc.collect()  # what is found dead later must not have been part of the baseline
+            gc.freeze()
             self._resources = _Resources.read(own_files, exact=True)
         found = self._compare(own_files, exact=False)
         if not found:

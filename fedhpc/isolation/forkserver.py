@@ -30,6 +30,7 @@ from fedhpc.isolation import channel, child, cuda, host_memory, preloading
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _MADV_COLLAPSE = 25
 _HUGE_PAGE = 2 * 1024 * 1024
+_MERGED_AT_ONCE = 4 * _HUGE_PAGE  # 1 to 10 ms, for which a request may have to wait
 _LESSON_TIMEOUT_S = 60.0
 _WORTH_S = 0.03  # of imports in every child: less is not worth the time to learn it
 
@@ -52,7 +53,7 @@ class ForkServer:
         Connection to the array task.
     options : dict
         ``preload`` (modules), ``spawn`` (exec a new interpreter instead of a bare fork),
-        ``huge_pages`` (see `_merge_pages`),
+        ``huge_pages`` (see `_merge_some`),
         ``prepare_early`` (call the children's ``prepare`` here, once), ``rehearse`` (what else to
         call here, or None) and ``child`` (passed on to each child).
     """
@@ -65,6 +66,7 @@ class ForkServer:
         self._pid = os.getpid()
         self._refusal = ""  # why children cannot use CUDA
         self._has_context = False
+        self._unmerged: list[tuple[int, int]] = []  # addresses and lengths
 
     def serve(self) -> None:
         """Serve until the array task closes its end."""
@@ -84,7 +86,9 @@ class ForkServer:
         selector.register(wake_read, selectors.EVENT_READ)
         try:
             while True:
-                ready = {key.fileobj for key, _ in selector.select()}
+                ready = {key.fileobj for key, _ in selector.select(0 if self._unmerged else None)}
+                if not ready:
+                    self._merge_some()
                 if wake_read in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.read(wake_read, 4096)
@@ -106,6 +110,7 @@ class ForkServer:
         signal.signal(signal.SIGALRM, signal.SIG_DFL)
 
     def _preload(self) -> None:
+        gc.disable()  # a quarter of the time of importing torch, for hardly any garbage
         for name in self._options["preload"]:
             # A module that cannot be imported fails in the child too, with the right traceback.
             with contextlib.suppress(Exception, SystemExit):
@@ -127,14 +132,14 @@ class ForkServer:
         if torch is not None:
             torch.set_num_threads(self._options["child"]["threads"])
         self._settle()
+        gc.enable()
 
     def _settle(self) -> None:
         """Make what is in memory now cheap to share."""
         # Children must not write to pages of objects they only share with this process.
-        gc.collect()
         gc.freeze()
         if self._options["huge_pages"]:
-            self._merge_pages()
+            self._unmerged = _own_memory()
 
     def _learn(self, names: list[str]) -> None:
         """Import more modules, if it is worth it and another process found that they may be."""
@@ -181,22 +186,15 @@ class ForkServer:
                 " or isolation.start_method: spawn"
             )
 
-    def _merge_pages(self) -> None:
-        """Move this process's memory into huge pages, where the kernel can (Linux 6.1).
+    def _merge_some(self) -> None:
+        """Move a part of this process's memory into huge pages, where the kernel can (Linux 6.1).
 
         A fork copies a page table entry for each page, and the exit of a child drops it again:
-        with torch 400 MB of them. Measured on 2 cores: fork 16 to 5 ms, exit 16 to 8 ms.
+        with torch 400 MB of them. Measured on 2 cores: fork 16 to 5 ms, exit 16 to 8 ms. All of it
+        takes up to a second, so it is done between requests.
         """
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            addresses, access, _, _, _, *name = line.split(maxsplit=5)
-            if access != "rw-p" or (name and name[0].strip() != "[heap]"):
-                continue
-            start, end = (int(address, 16) for address in addresses.split("-"))
-            start = -(-start // _HUGE_PAGE) * _HUGE_PAGE
-            end = end // _HUGE_PAGE * _HUGE_PAGE
-            if end > start:
-                address, length = ctypes.c_void_p(start), ctypes.c_size_t(end - start)
-                self._libc.madvise(address, length, _MADV_COLLAPSE)  # a refusal costs nothing
+        address, length = self._unmerged.pop()
+        self._libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_COLLAPSE)
 
     def _abandoned(self) -> bool:
         # Not a peek: requests may be queued before the end.
@@ -307,6 +305,20 @@ class ForkServer:
                 os.waitpid(-1, 0)
             except ChildProcessError:
                 return
+
+
+def _own_memory() -> list[tuple[int, int]]:
+    """Return addresses and lengths of huge pages that hold what this process has written."""
+    found = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, access, _, _, _, *name = line.split(maxsplit=5)
+        if access != "rw-p" or (name and name[0].strip() != "[heap]"):
+            continue
+        start, end = (int(address, 16) for address in addresses.split("-"))
+        end -= end % _HUGE_PAGE
+        for address in range(-(-start // _HUGE_PAGE) * _HUGE_PAGE, end, _MERGED_AT_ONCE):
+            found.append((address, min(_MERGED_AT_ONCE, end - address)))
+    return found
 
 
 def _kill_group(pid: int) -> None:

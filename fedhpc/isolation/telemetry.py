@@ -22,9 +22,11 @@ logger = logging.getLogger(__name__)
 INTERVAL_S = 0.5
 _OWN_INTERVAL_S = 5.0
 _LIMITED_INTERVAL_S = 0.2  # where a child may have to be killed
-_LONGER_THAN_A_SAMPLE = 4
-_IDLE_INTERVAL_S = 0.1  # between samples of moments in which nothing runs
-_LONGER_THAN_AN_IDLE_SAMPLE = 40  # tiny fits would have one each; kept children cost 5 ms each
+# So much longer than samples take are the times between them: with kept children, which cost 5 ms
+# each, they are 1 % of a core; where a child may have to be killed they may be more.
+_LONGER_THAN_A_SAMPLE = 100
+_LONGER_THAN_A_LIMITED_SAMPLE = 4
+_IDLE_INTERVAL_S = 0.1  # between samples of moments in which nothing runs: tiny fits had one each
 _GONE_S = 2.0
 
 
@@ -85,7 +87,9 @@ class Sampler:
         self._gpus = [gpu for gpu in gpus if nvml is not None and gpu.total_bytes]
         self._nvml = nvml
         self._limit_bytes = host_limit_bytes
-        self._interval_s = INTERVAL_S if host_limit_bytes is None else _LIMITED_INTERVAL_S
+        self._interval_s, self._longer = INTERVAL_S, _LONGER_THAN_A_SAMPLE
+        if host_limit_bytes is not None:
+            self._interval_s, self._longer = _LIMITED_INTERVAL_S, _LONGER_THAN_A_LIMITED_SAMPLE
         self._closing = False
         self._own_mb: float | None = None
         self._own_next_s = 0.0
@@ -147,7 +151,7 @@ class Sampler:
                 self._sample()
                 # With many children a sample takes long: the lines of fits must not queue up.
                 took_s = time.monotonic() - began_s
-                next_s = began_s + max(self._interval_s, _LONGER_THAN_A_SAMPLE * took_s)
+                next_s = began_s + max(self._interval_s, self._longer * took_s)
 
     def _finish(self, usage: Usage, gone: threading.Event | None, more: dict[str, Any]) -> None:
         if gone is not None:
@@ -186,7 +190,7 @@ class Sampler:
         self._lines.put(line)
         now_s = time.monotonic()
         took_s = now_s - began_s
-        self._idle_next_s = now_s + max(_IDLE_INTERVAL_S, _LONGER_THAN_AN_IDLE_SAMPLE * took_s)
+        self._idle_next_s = now_s + max(_IDLE_INTERVAL_S, _LONGER_THAN_A_SAMPLE * took_s)
         return line
 
     def _measure_own(self) -> None:

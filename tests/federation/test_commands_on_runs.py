@@ -43,11 +43,11 @@ def detached(submitter: Submitter, *sets: str) -> RunPaths:
 
 
 def test_a_run_is_seen_while_it_lasts_and_after_and_then_cleaned(submitter: Submitter) -> None:
-    paths = detached(submitter, "federation.num_rounds=25", "cluster.array_tasks=2")
+    paths = detached(submitter, "federation.num_rounds=60", "cluster.array_tasks=2")
     following = start("logs", paths.root, "--follow")
     watching = start("status", paths.root, "--watch")
     known = status(paths)
-    assert (known["state"], known["num_rounds"]) == ("running", 25)
+    assert (known["state"], known["num_rounds"]) == ("running", 60)
     assert [job["state"] for job in known["jobs"].values()] == ["RUNNING"] * 3
     assert start("clean", paths.root, "--yes").wait(timeout=60) == 1
 
@@ -60,18 +60,18 @@ def test_a_run_is_seen_while_it_lasts_and_after_and_then_cleaned(submitter: Subm
 
     eventually(lambda: processes_of(paths) == [], 30)
     known = status(paths)
-    assert (known["state"], known["round"], known["problem"]) == ("finished", 25, "")
+    assert (known["state"], known["round"], known["problem"]) == ("finished", 60, "")
     assert {job["state"] for job in known["jobs"].values()} == {"ENDED"}
     assert " client-1 INFO " in fedhpc("logs", paths.root, "client", 1, "--lines", 5)
     runs_dir = ["--runs-dir", submitter.runs_dir]
-    assert fedhpc("list", *runs_dir).splitlines()[1].split()[1:3] == ["finished", "25/25"]
+    assert fedhpc("list", *runs_dir).splitlines()[1].split()[1:3] == ["finished", "60/60"]
 
     best = paths.best_checkpoint.resolve()
     kept = {
         path
         for path in files(paths)
         if path.suffix != ".pkl"
-        and (paths.checkpoints not in path.parents or path.parent in (best, paths.checkpoint(25)))
+        and (paths.checkpoints not in path.parents or path.parent in (best, paths.checkpoint(60)))
     }
     fedhpc("clean", *runs_dir, "--yes")
     assert files(paths) == kept

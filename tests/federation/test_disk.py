@@ -259,12 +259,10 @@ def test_a_server_that_wakes_up_beside_its_successor_leaves_and_writes_nothing(
             env={**os.environ, "PYTHONHASHSEED": "0"},
         )
         end_all.append(new)
-        assert wait_until(paths.attempt(2).exists, 30, max_pause_s=0.01)
 
         def at_work() -> bool:
-            status = read_json(paths.status) or {}
-            connected = any(known["connected"] for known in status.get("array_tasks", ()))
-            return status.get("attempt") == 2 and connected
+            found = rendezvous.read(paths)
+            return found is not None and found.attempt == 2 and paths.fits.exists()
 
         assert wait_until(at_work, 120, max_pause_s=0.01)
     finally:

@@ -19,4 +19,5 @@ def test_the_parts_explain_the_wall_time_of_a_run(reference: Run) -> None:
         assert line["slot_seconds"]["lost"] <= 0.05 * slot_s, line
         of_round = [fit for fit in reference.fits if fit["round"] == line["round"]]
         run_s = sum(fit["run_s"] for fit in of_round)
-        assert abs(line["slot_seconds"]["run"] - run_s) < 0.001, line
+        # Its turn may be known here a moment later than the slot began with it.
+        assert abs(line["slot_seconds"]["run"] - run_s) < 0.001 + 0.05 * run_s, line

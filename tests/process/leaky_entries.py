@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from entries import entry
 
+from fedhpc.isolation import cleanliness
+
 KEPT: list[Any] = []
 MB = 1_000_000
 
@@ -224,6 +226,18 @@ def keep_shared_memory() -> None:
 @leak
 def keep_file() -> None:
     KEPT.append(os.open(f"/proc/self/{['stat', 'statm', 'maps'][len(KEPT) % 3]}", os.O_RDONLY))
+
+
+@leak
+def leave_a_file_in_a_cycle() -> None:
+    """As Flower's messages are, and so what they hold."""
+    cycle: list[Any] = [open("/proc/self/stat")]  # noqa: PTH123, SIM115
+    cycle.append(cycle)
+    cleanliness._trim = _fail  # of the second look: memory that is given back is missed later
+
+
+def _fail() -> None:
+    raise AssertionError("it was looked at twice")
 
 
 @leak

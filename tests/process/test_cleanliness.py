@@ -143,7 +143,12 @@ def test_a_child_is_replaced_when_torch_holds_more_of_its_gpu() -> None:
 
 @pytest.mark.parametrize(
     ("name", "fits"),
-    [("train", 200), ("need_much_for_a_while", 20), ("wait_for_a_thread_and_a_process", 20)],
+    [
+        ("train", 200),
+        ("need_much_for_a_while", 20),
+        ("wait_for_a_thread_and_a_process", 20),
+        ("leave_a_file_in_a_cycle", 20),
+    ],
 )
 def test_a_child_whose_fits_leave_nothing_behind_is_kept(
     name: str, fits: int, pool: ChildPool, slot: Slot

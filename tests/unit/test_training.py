@@ -291,17 +291,22 @@ def test_metrics_are_those_of_a_confusion_matrix_worked_out_by_hand() -> None:
     assert result["num_examples"] == 6
 
 
-def test_macro_averages_are_those_of_scikit_learn(digits: data.Dataset) -> None:
+@pytest.mark.parametrize("seed", range(5))
+def test_metrics_are_those_of_scikit_learn(seed: int) -> None:
     from sklearn.metrics import (  # type: ignore[import-untyped]
-        f1_score,
-        precision_score,
-        recall_score,
+        confusion_matrix,
+        precision_recall_fscore_support,
     )
 
-    truth, answers = [0, 1, 1, 3, 3, 3], [0, 1, 3, 3, 3, 1]
+    draws = np.random.default_rng(seed)
+    size = int(draws.integers(1, 12))  # classes that are not there, or are never answered
+    truth, answers = (draws.integers(0, 4, size).tolist() for _ in range(2))
     result = evaluate_fixed(truth, answers)
-    for key, score in (("precision", precision_score), ("recall", recall_score), ("f1", f1_score)):
-        expected = score(truth, answers, average="macro", zero_division=0)
+    assert result["confusion_matrix"] == confusion_matrix(truth, answers, labels=range(4)).tolist()
+    each = precision_recall_fscore_support(truth, answers, labels=range(4), zero_division=0)
+    mean = precision_recall_fscore_support(truth, answers, average="macro", zero_division=0)
+    for key, scores, expected in zip(("precision", "recall", "f1"), each, mean, strict=False):
+        assert result[f"{key}_per_class"] == pytest.approx(scores)
         assert result[key] == pytest.approx(expected)
 
 
