@@ -20,7 +20,6 @@ CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Partitions that take less than this as float32 are normalised once a fit, not a batch at a time.
 _NORMALISED_AHEAD_BYTES = 64 * 1024 * 1024
-_NORMALISED_ONCE_BYTES = 4 * 1024 * 1024  # used once: the pages for more cost more than they save
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +49,6 @@ class Examples:
         labels: np.ndarray,
         mean: Sequence[float],
         std: Sequence[float],
-        passes: int = 1,
     ) -> "Examples":
         """Move examples to a device.
 
@@ -64,8 +62,6 @@ class Examples:
             int64, (N,).
         mean, std : sequence of float
             One a channel, in units of ``images``; std not 0.
-        passes : int, default 1
-            How often each example will be used.
 
         Raises
         ------
@@ -81,8 +77,7 @@ class Examples:
             torch.tensor(m, dtype=torch.float32, device=device).view(-1, 1, 1) for m in (mean, std)
         ]
         examples = cls(*on_device, *moments)
-        limit = _NORMALISED_AHEAD_BYTES if passes > 1 else _NORMALISED_ONCE_BYTES
-        if 4 * examples.images.nbytes > limit:
+        if 4 * examples.images.nbytes > _NORMALISED_AHEAD_BYTES:
             return examples
         return replace(examples, images=examples._normalised(examples.images))
 
@@ -154,7 +149,7 @@ def train(
         For an unknown optimizer or parameter, or if there are no examples.
     """
     model.to(device).train()
-    examples = Examples.on(device, images, labels, mean, std, epochs)
+    examples = Examples.on(device, images, labels, mean, std)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     start = [weight.detach().clone() for weight in weights] if proximal_mu else []
     stepper = make_optimizer(weights, optimizer, optimizer_params)
