@@ -190,9 +190,6 @@ class Fits:
             if self._waiting:
                 return self._waiting.popleft()
             self._idle[slot.index] = slot
-            alike = sum(other.env == slot.env for other in self._idle.values())
-        if self._config.isolation.standby == "auto":
-            self._pool.stand_by(slot, alike)
         return self._given_to[slot.index].get()
 
     def _work_in(self, slot: Slot) -> None:

@@ -159,17 +159,12 @@ class Children:
 
     def prepare_successor(self, slot: Slot) -> None:
         """Start the child that will follow one of those that work now."""
-        with self._lock:
-            working = [c for c in self._live.values() if c.env == slot.env and c not in self._ready]
-        self.stand_by(slot, len(working))
-
-    def stand_by(self, slot: Slot, count: int) -> None:
-        """Start a child unless so many stand by for slots like this one."""
         if self._options.fits_per_process != 1 or (slot.gpus and self._cuda_before_slot):
             return  # kept children: the rare replacement is not worth an idle process
         with self._lock:
-            ready = sum(child.env == slot.env for child in self._ready)
-            if ready < count and not self._closed:
+            alike = [child for child in self._live.values() if child.env == slot.env]
+            ready = sum(child in self._ready for child in alike)
+            if ready < len(alike) - ready and not self._closed:
                 with contextlib.suppress(PlatformError):  # the next call will say it
                     self._ready.append(self._start_child(slot, prepare_now=True))
 

@@ -136,18 +136,6 @@ class ChildPool:
         reply.out_of_memory = True
         return reply
 
-    def stand_by(self, slot: Slot, count: int) -> None:
-        """Have children ready for calls to come, in slots that nobody uses now.
-
-        Parameters
-        ----------
-        slot : Slot
-            One of them.
-        count : int
-            How many there are that are like it.
-        """
-        self._children.stand_by(slot, count)
-
     def cancel(self, tag: str) -> None:
         """Kill the children of calls with this tag; the calls raise `FitCancelled`."""
         self._children.cancel(tag)

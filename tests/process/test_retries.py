@@ -63,9 +63,8 @@ class DyingPool:
         self.during()
         raise self._endings[min(self.calls, len(self._endings)) - 1]()
 
-    def cancel(self, _: str) -> None: ...
-
-    def stand_by(self, *_: object) -> None: ...
+    def cancel(self, _: str) -> None:
+        pass
 
 
 class NoSampler:
