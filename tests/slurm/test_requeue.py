@@ -145,8 +145,9 @@ def test_preempted_array_tasks_and_a_preempted_server_come_back(
         preempt(jobs_of(paths)["client-0"].node, tmp_path)  # USR2
         until_round(paths, 13)
         preempt("n4", tmp_path)
-        assert "it is preempted" in reason(paths)
-    assert end_of(paths).checksum == long_reference.checksum
+    ended = end_of(paths)
+    assert ended.checksum == long_reference.checksum
+    assert "it is preempted; its next attempt goes on at round" in ended.logs()
     assert attempt(paths) == 2
     assert starts(paths) == {0: 2, 1: 2}
     eventually(lambda: all_ended(paths), 20)
