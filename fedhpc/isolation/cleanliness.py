@@ -107,7 +107,6 @@ class Cleanliness:
         if not found:
             return []
         # It may be about to go: look again, closely, before the process is given up for it.
-        gc.collect()
         _trim()
         deadline_s = time.monotonic() + _SETTLE_S
         while found := self._compare(own_files, exact=True):
