@@ -7,11 +7,12 @@ and none, in turn. Then a run of 50 small rounds that goes on to 51, against a f
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import submitting
 
 from fedhpc.files import read_lines
 
@@ -55,28 +56,16 @@ def main() -> None:
 
 def submit(sets: list[str], run_dir: Path | None = None) -> tuple[Path, float]:
     """Run a federation, or go on with one; return its folder and how long that took."""
-    if run_dir is None:
-        command = [str(CONFIG), "--executor", "local"]
-        sets = [
-            *sets,
-            "federation.num_clients=8",
-            "federation.clients_per_round=4",
-            "federation.evaluate_every=1000000",
-            f"cluster.runs_dir={FOLDER}",
-        ]
-    else:
-        command = ["--resume", str(run_dir)]
-    command += ["--follow", *(part for value in sets for part in ("--set", value))]
     start_s = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-m", "fedhpc.submit", *command],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    folders = Path(FOLDER).iterdir()
-    newest = run_dir or max(folders, key=lambda path: path.stat().st_mtime_ns)
-    return newest, time.monotonic() - start_s
+    if run_dir is None:
+        sizes = ["federation.num_clients=8", "federation.clients_per_round=4"]
+        sets = [*sets, *sizes, "federation.evaluate_every=1000000"]
+        run_dir = submitting.federate(CONFIG, sets, Path(FOLDER))
+    else:
+        more = [part for value in sets for part in ("--set", value)]
+        resume = ["--resume", str(run_dir), "--follow"]
+        submitting.run([sys.executable, "-m", "fedhpc.submit", *resume, *more])
+    return run_dir, time.monotonic() - start_s
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
+import submitting
+
 from fedhpc.files import read_lines
 from fedhpc.isolation.host_memory import children_of, proportional_bytes
 
@@ -74,7 +76,7 @@ def measure(command: list[str]) -> Measured:
 
 
 def federate(
-    config: Path, sets: list[str], runs_dir: str, rounds: int
+    config: Path, sets: list[str], runs_dir: Path, rounds: int
 ) -> tuple[Path, list[float], Measured]:
     """Run a federation as a user does; the server evaluates its last model only.
 
@@ -87,16 +89,9 @@ def federate(
     measured : Measured
         Of all its processes.
     """
-    sets = [
-        *sets,
-        f"federation.num_rounds={rounds}",
-        "federation.evaluate_every=1000000",
-        f"cluster.runs_dir={runs_dir}",
-    ]
-    command = [sys.executable, "-m", "fedhpc.submit", str(config), "--executor", "local"]
-    command += ["--follow", *(part for value in sets for part in ("--set", value))]
-    measured = measure(command)
-    run_dir = max(Path(runs_dir).iterdir(), key=lambda path: path.stat().st_mtime_ns)
+    sets = [*sets, f"federation.num_rounds={rounds}", "federation.evaluate_every=1000000"]
+    measured = measure(submitting.command(config, sets, runs_dir))
+    run_dir = submitting.newest(runs_dir)
     ends_s = [line["time_s"] for line in read_lines(run_dir / "metrics.jsonl")]
     return (
         run_dir,

@@ -9,10 +9,11 @@ processes (proportional set size, so that pages they share count once); with GPU
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import submitting
 
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar.yaml"
 
@@ -38,11 +39,14 @@ def main() -> None:
         f"isolation.slots={options.clients}",
         f"isolation.slots_per_gpu={options.clients}",
     ]
+    fresh = ["name=a_process_per_fit", "isolation.slots=2"]
+    kept.append("name=a_process_per_client_kept")
     with tempfile.TemporaryDirectory() as folder:
-        fresh_run = federate(folder, ["name=a_process_per_fit", "isolation.slots=2", *sets])
-        kept_run = federate(folder, ["name=a_process_per_client_kept", *kept, *sets])
-        for run in (fresh_run, kept_run):
-            found = json.loads(report(str(run), "--json"))
+        fresh_run, kept_run = (
+            submitting.federate(CONFIG, [*mode, *sets], Path(folder)) for mode in (fresh, kept)
+        )
+        for run_dir in (fresh_run, kept_run):
+            found = json.loads(report(str(run_dir), "--json"))
             for line in found["memory"]:
                 print(
                     f"{found['name']}, {line['name']} ({line['card']}): {line['fits']} fits,"
@@ -56,32 +60,9 @@ def main() -> None:
             shutil.copy(fresh_run / "figures" / "beside.png", options.figure)
 
 
-def federate(folder: str, sets: list[str]) -> Path:
-    """Run a federation and return its folder."""
-    command = [
-        sys.executable,
-        "-m",
-        "fedhpc.submit",
-        str(CONFIG),
-        "--executor",
-        "local",
-        "--follow",
-    ]
-    for value in [*sets, f"cluster.runs_dir={folder}"]:
-        command += ["--set", value]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    return max(Path(folder).iterdir(), key=lambda path: path.stat().st_mtime)
-
-
 def report(*arguments: str) -> str:
     """Call fedhpc.report and return what it prints."""
-    command = [sys.executable, "-m", "fedhpc.report", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    return done.stdout
+    return submitting.run([sys.executable, "-m", "fedhpc.report", *arguments])
 
 
 if __name__ == "__main__":

@@ -10,10 +10,11 @@ can be won where server and array tasks have nodes of their own.
 
 import argparse
 import statistics
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+import submitting
 
 from fedhpc.files import read_json, read_lines
 
@@ -94,13 +95,8 @@ def federate(options: argparse.Namespace, slots: int, overlap: str) -> tuple[flo
         sets |= {"data.name": "image_folder", "data.source": Path(options.data).resolve()}
     with tempfile.TemporaryDirectory() as folder:
         config = write_app(Path(folder), options.rounds) if options.asleep else CONFIG
-        command = [sys.executable, "-m", "fedhpc.submit", str(config), "--executor", "local"]
-        command += ["--follow", "--set", f"cluster.runs_dir={folder}/runs"]
-        command += [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            sys.exit(done.stdout + done.stderr)
-        (run_dir,) = (Path(folder) / "runs").iterdir()
+        values = [f"{key}={value}" for key, value in sets.items()]
+        run_dir = submitting.federate(config, values, Path(folder) / "runs")
         # In the first the children start, and the last one always evaluates its own model too.
         lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line["round"] > 1][:-1]
         seconds = statistics.median(line["round_s"] for line in lines)

@@ -86,11 +86,12 @@ def main() -> None:
     cohort = 100 if options.tiny else 10
     runs: dict[str, list[Run]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as folder:
-        model_dir, _, _ = federate(config, sets, folder, 2)
+        runs_dir = Path(folder)
+        model_dir, _, _ = federate(config, sets, runs_dir, 2)
         for repeat in range(options.repeats):
             for mode in modes:
                 rounds = options.spawn_rounds if mode == "spawn" else options.rounds
-                run = _run(mode, config, sets, folder, model_dir, rounds)
+                run = _run(mode, config, sets, runs_dir, model_dir, rounds)
                 runs[mode].append(run)
                 print(
                     f"{repeat + 1}: {mode:<6} {run.round_s:7.3f} s a round (bare"
@@ -119,13 +120,15 @@ def _has_auto() -> bool:
     return True
 
 
-def _run(mode: str, config: Path, sets: list[str], folder: str, run_dir: Path, rounds: int) -> Run:
+def _run(
+    mode: str, config: Path, sets: list[str], runs_dir: Path, run_dir: Path, rounds: int
+) -> Run:
     """Run a mode, then the same bare."""
     for _ in range(3):
         if mode == "ray":
             seconds, digest, measured = _in_new_process("flower_simulation", run_dir, rounds)
         else:
-            run_dir, seconds, measured = federate(config, [*sets, *SETS[mode]], folder, rounds)
+            run_dir, seconds, measured = federate(config, [*sets, *SETS[mode]], runs_dir, rounds)
             digest = read_json(run_dir / "status.json")["model_sha256"]
         bare_seconds, bare_digest, bare = _in_new_process("bare", run_dir, rounds)
         if digest == bare_digest:

@@ -9,15 +9,14 @@ another checkout of fedhpc follows each of this one.
 
 import argparse
 import heapq
-import os
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 from itertools import groupby
 from pathlib import Path
 from typing import Any
+
+import submitting
 
 from fedhpc.federation.actions import Assign
 from fedhpc.federation.dispatch import Dispatch
@@ -46,7 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(options.repeats):
             for checkout in checkouts:
-                run_dir = federate(checkout, folder, options)
+                run_dir = federate(checkout, Path(folder), options)
                 lines = [line for line in read_lines(run_dir / "metrics.jsonl") if line["round"]]
                 first, steady = lines[0], lines[1:]
                 runs[checkout].append((tail_of(steady), mean_s(steady)))
@@ -76,7 +75,7 @@ def replay_all(fits: list[dict[str, Any]]) -> None:
         )
 
 
-def federate(checkout: Path, folder: str, options: argparse.Namespace) -> Path:
+def federate(checkout: Path, folder: Path, options: argparse.Namespace) -> Path:
     """Run the federation with a checkout's fedhpc; return its folder."""
     sets = {
         "data.partitioner.name": "dirichlet",
@@ -88,18 +87,13 @@ def federate(checkout: Path, folder: str, options: argparse.Namespace) -> Path:
         "training.epochs": 1,
         "training.batch_size": 40,
         "isolation.slots": 2,
-        "cluster.runs_dir": folder,
     }
     if options.data:
         sets["data.source"] = Path(options.data).resolve()
-    command = [sys.executable, "-m", "fedhpc.submit", str(REPOSITORY / "configs" / "mnist.yaml")]
-    command += ["--executor", "local", "--follow"]
-    command += [word for key, value in sets.items() for word in ("--set", f"{key}={value}")]
-    env = {**os.environ, "PYTHONPATH": str(checkout)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=folder, check=False)
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    return max(Path(folder).glob("*/"), key=lambda path: path.stat().st_mtime)
+    values = [f"{key}={value}" for key, value in sets.items()]
+    command = submitting.command(REPOSITORY / "configs" / "mnist.yaml", values, folder)
+    submitting.run(command, cwd=folder, env={"PYTHONPATH": str(checkout)})
+    return submitting.newest(folder)
 
 
 def tail_of(lines: list[dict[str, Any]]) -> float:

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import submitting
 from measured import field_of, own_cpu_s
 
 from fedhpc.files import read_lines
@@ -163,7 +164,7 @@ def _spread(values: list[float]) -> str:
 
 def _run(cell: Cell, sets: list[str]) -> Cost:
     with tempfile.TemporaryDirectory() as folder:
-        run_dir = _prepare(cell, [*sets, f"cluster.runs_dir={folder}"])
+        run_dir = _prepare(cell, sets, Path(folder))
         command = (
             ["-m", "fedhpc.client", str(run_dir), "0"]
             if cell.real
@@ -182,7 +183,7 @@ def _run(cell: Cell, sets: list[str]) -> Cost:
         return _cost(cell, run_dir, samples, traffic)
 
 
-def _prepare(cell: Cell, sets: list[str]) -> Path:
+def _prepare(cell: Cell, sets: list[str], folder: Path) -> Path:
     sets = [
         *sets,
         f"federation.num_clients={cell.clients}",
@@ -203,12 +204,8 @@ def _prepare(cell: Cell, sets: list[str]) -> Path:
             ("cohort", cell.cohort), ("rounds", cell.rounds), ("numbers", cell.numbers),
         ):  # fmt: skip
             sets.append(f"app.run_config.{key}={value}")
-    command = [sys.executable, "-m", "fedhpc.submit", str(config), "--executor", "local"]
-    command += ["--prepare", *(part for value in sets for part in ("--set", value))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=_env())
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    return Path(done.stdout.splitlines()[-1])
+    said = submitting.run(submitting.command(config, sets, folder, "--prepare"), env=_env())
+    return Path(said.splitlines()[-1])
 
 
 def _start(command: list[str], output: object, said: object = None) -> subprocess.Popen[bytes]:

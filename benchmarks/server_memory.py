@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import adding_app
 import numpy as np
+import submitting
 from flwr.app import ArrayRecord
 
 from fedhpc import files
@@ -112,15 +112,9 @@ def run(folder: Path, clients: int, options: argparse.Namespace) -> dict[str, fl
             }
         )
     )
-    sets = [f"cluster.runs_dir={folder}", *options.set]
-    command = [sys.executable, "-m", "fedhpc.submit", str(config), "--executor", "local"]
-    command += ["--follow", *(part for value in sets for part in ("--set", value))]
     path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
+    command = submitting.command(config, options.set, folder)
+    submitting.run(command, env={"PYTHONPATH": path})
     found: dict[str, float] = json.loads(report.read_text())
     return found
 
