@@ -126,7 +126,8 @@ class Echo:
         message = compat.message_from_bytes(asked.message)
         (arrays,) = asked.arrays
         reply = Message(_reply(message.content.array_records[arrays.record]), reply_to=message)
-        payload = grid_pb2.Payload(message=compat.message_to_bytes(reply))
+        content = compat.content_to_bytes(reply.content)
+        payload = grid_pb2.Payload(message=compat.message_to_bytes(reply, content))
         payload.arrays.add(record="arrays", digest=arrays.digest)
         result = grid_pb2.Result(
             message_id=work.message_id,

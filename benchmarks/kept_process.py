@@ -12,11 +12,12 @@ import itertools
 import json
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+import submitting
 
 from fedhpc.isolation import ChildPool, PoolOptions, Slot, channel
 from fedhpc.isolation.calls import DEFAULT_PRELOAD
@@ -66,12 +67,12 @@ def messages(run_dir: Path) -> list[list[bytes]]:
 
     from fedhpc.federation import compat, grid_pb2, seeds
     from fedhpc.federation.experiment import Experiment
-    from fedhpc.federation.payload import ArrayCache, pack
+    from fedhpc.federation.payload import Encodings, pack
 
     experiment = Experiment(run_dir)
     compat.set_identity(run_dir.name)
     arrays = ArrayRecord(experiment.new_model().state_dict())
-    cache = ArrayCache()
+    cache = Encodings()
     verbs = ["train", "evaluate"] if experiment.config.federation.clients_per_evaluation else []
     found = []
     for client_id, verb in itertools.product(
@@ -92,14 +93,7 @@ def messages(run_dir: Path) -> list[list[bytes]]:
 
 def make_run(folder: Path, config: Path, sets: list[str]) -> Path:
     """Return the folder of a run of one round: with it come config, data and partitions."""
-    sets = [*sets, "federation.num_rounds=1", f"cluster.runs_dir={folder}"]
-    command = [sys.executable, "-m", "fedhpc.submit", str(config), "--executor", "local"]
-    command += ["--follow", *(part for value in sets for part in ("--set", value))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stdout + done.stderr)
-    (run_dir,) = folder.iterdir()
-    return run_dir
+    return submitting.federate(config, [*sets, "federation.num_rounds=1"], folder)
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import (
     array_record_from_proto,
     message_from_proto,
-    message_to_proto,
     recorddict_from_proto,
     recorddict_to_proto,
 )
+from flwr.common.serde_utils import error_to_proto, metadata_to_proto
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.recorddict_pb2 import ArrayRecord as ProtoArrayRecord
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
@@ -72,9 +72,18 @@ def make_error_reply(message: Message, reason: str, *, raised: bool) -> Message:
     return Message(Error(code=code, reason=reason), reply_to=message)
 
 
-def message_to_bytes(message: Message) -> bytes:
-    """Encode a message."""
-    return message_to_proto(message).SerializeToString()
+def content_to_bytes(records: RecordDict) -> bytes:
+    """Encode a message's content, as a part of the message."""
+    return ProtoMessage(content=recorddict_to_proto(records)).SerializeToString()
+
+
+def message_to_bytes(message: Message, content: bytes) -> bytes:
+    """Encode a message whose content is encoded already; b"" if it has an error in its place."""
+    bare = ProtoMessage(
+        metadata=metadata_to_proto(message.metadata),
+        error=error_to_proto(message.error) if message.has_error() else None,
+    )
+    return bare.SerializeToString() + content  # fields may come in any order
 
 
 def message_from_bytes(data: bytes) -> Message:
@@ -100,11 +109,6 @@ def _array_record(encoded: bytes) -> ArrayRecord:
     return array_record_from_proto(ProtoArrayRecord.FromString(encoded))
 
 
-def content_of(message: bytes) -> bytes:
-    """Return the content of an encoded message, encoded: without metadata."""
-    return ProtoMessage.FromString(message).content.SerializeToString()
-
-
 def records_to_bytes(records: RecordDict) -> bytes:
     """Encode a RecordDict."""
     return recorddict_to_proto(records).SerializeToString()
@@ -113,11 +117,6 @@ def records_to_bytes(records: RecordDict) -> bytes:
 def records_from_bytes(data: bytes) -> RecordDict:
     """Decode a RecordDict."""
     return recorddict_from_proto(ProtoRecordDict.FromString(data))
-
-
-def with_content(message: Message, content: RecordDict) -> Message:
-    """Return a message with the same metadata and another content; the original is not changed."""
-    return Message(metadata=message.metadata, content=content)  # type: ignore[call-overload,no-any-return]
 
 
 def without_data(arrays: ArrayRecord) -> ArrayRecord:

@@ -11,7 +11,7 @@ from flwr.app import Message
 
 from fedhpc import config
 from fedhpc.federation import apps, compat, grid_pb2, groups, seeds, updates
-from fedhpc.federation.payload import ArrayCache, Blob, BytesLike, pack, unpack
+from fedhpc.federation.payload import Blob, BytesLike, Encodings, pack, unpack
 from fedhpc.files import write_atomic
 from fedhpc.isolation.devices import device_of_this_child
 from fedhpc.paths import RunPaths
@@ -118,7 +118,7 @@ def execute(
         if problem:
             failure = grid_pb2.Failure(reason=problem, raised=True)
             return grid_pb2.Result(message_id=work.message_id, failure=failure), []
-    packed = pack(reply, context.state, ArrayCache())
+    packed = pack(reply, context.state, Encodings())
     result = grid_pb2.Result(message_id=work.message_id, payload=packed.payload.SerializeToString())
     inline = []
     for blob in packed.blobs:

@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,7 +16,7 @@ from fedhpc.federation.cohort import Answer, Cohort, Outcome, nothing
 from fedhpc.federation.conventions import examples_of, round_of
 from fedhpc.federation.estimates import Estimates
 from fedhpc.federation.journal import AcceptedJournal, Entry
-from fedhpc.federation.payload import ArrayCache, pack
+from fedhpc.federation.payload import Encodings, pack
 from fedhpc.federation.recorder import Recorder
 from fedhpc.federation.replies import Replies
 from fedhpc.federation.states import ClientStates
@@ -191,7 +191,7 @@ class HpcGrid(Grid):
         wanted: int | None = None,
         compare_metrics: bool = False,
         journalled: bool = False,
-        known: ArrayCache | None = None,
+        known: Encodings | None = None,
     ) -> Asked:
         """Send messages; `collect` waits for what becomes of them.
 
@@ -207,7 +207,7 @@ class HpcGrid(Grid):
             Whether replies must also have the same names of metrics as most others.
         journalled : bool
             Whether the journal says who is waited for, if the same was sent before a restart.
-        known : ArrayCache, optional
+        known : Encodings, optional
             Blobs of records in the messages.
         """
         with self.recorder.watch.phase("send"):
@@ -321,10 +321,14 @@ class HpcGrid(Grid):
         self.recorder.closed(late=outcome.late, cancelled=outcome.cancelled)
 
     def _requests(
-        self, messages: Iterable[Message], known: ArrayCache | None = None
+        self, messages: Iterable[Message], known: Encodings | None = None
     ) -> list[Request]:
-        cache = known or ArrayCache()
-        requests = [self._request(message, cache) for message in messages]
+        encodings = known or Encodings()
+        requests = []
+        for message in messages:
+            requests.append(self._request(message, encodings))
+            if isinstance(messages, Iterator):  # what yields them may change their common content
+                encodings.forget_contents()
         fair_bytes = _REPLIES_IN_MEMORY_BYTES // max(len(self._open), 1)
         for request in requests:
             request.packed.payload.inline_bytes = min(self._inline_bytes, fair_bytes)
@@ -337,7 +341,7 @@ class HpcGrid(Grid):
             self.recorder.sent(verb, first.server_round, len(requests))
             self._transport.send(requests)
 
-    def _request(self, message: Message, cache: ArrayCache) -> Request:
+    def _request(self, message: Message, encodings: Encodings) -> Request:
         metadata = message.metadata
         client_id = metadata.dst_node_id - 1
         if not 0 <= client_id < self._num_clients:
@@ -352,7 +356,7 @@ class HpcGrid(Grid):
         # Flower shares one content between a cohort's messages, but not the metadata.
         compat.set_message_id(message, message_id)
         is_mean = metadata.message_type == groups.MESSAGE_TYPE
-        packed = pack(message, None if is_mean else self._states.get(client_id), cache)
+        packed = pack(message, None if is_mean else self._states.get(client_id), encodings)
         packed.payload.client_id = client_id
         packed.payload.seed = seeds.derive(self.seed, *key, sequence)
         expected = self._estimates.expected(metadata.message_type, client_id)

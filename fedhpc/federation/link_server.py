@@ -130,7 +130,7 @@ class LinkServer:
                     peer.outgoing.put_nowait(ToArrayTask(release=grid_pb2.Release(digests=gone)))
             for request in requests:
                 self._requests[request.message_id] = request
-                fingerprint = request.packed.fingerprint()
+                fingerprint = request.packed.fingerprint
                 client_id = None if request.anywhere else request.client_id
                 self._machine.submit(request.message_id, client_id, fingerprint, request.expected)
             self._act()
@@ -394,5 +394,5 @@ class LinkServer:
             message_id=message_id,
             payload=packed.payload.SerializeToString(),
             blobs=[self._store.describe(blob) for blob in packed.blobs],
-            fingerprint=packed.fingerprint(),
+            fingerprint=packed.fingerprint,
         )

@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -149,25 +149,65 @@ def _bare_data(array: Array) -> tuple[str, memoryview]:
     return (_DTYPES[descr], data[len(header) :]) if is_plain else ("", data)
 
 
-class ArrayCache:
-    """Blobs of the records encoded lately, so that a cohort's common model is hashed once.
+@dataclass(frozen=True)
+class Content:
+    """A message's content, encoded.
 
-    Entries live as long as the cache: one call of ``push_messages``.
+    Attributes
+    ----------
+    encoded : bytes
+        All but the data of its arrays; see `compat.content_to_bytes`.
+    arrays : dict
+        The blobs of its ArrayRecords, by their names.
+    """
+
+    encoded: bytes
+    arrays: dict[str, Blob]
+
+
+class Encodings:
+    """What was encoded lately, so that what a cohort has in common is encoded and hashed once.
+
+    Nobody may change a record while this lives, which is for one call of ``push_messages``.
     """
 
     def __init__(self) -> None:
-        self._entries: dict[int, tuple[ArrayRecord, Blob]] = {}
+        self._blobs: dict[int, tuple[ArrayRecord, Blob]] = {}
+        self._contents: dict[int, tuple[RecordDict, Content]] = {}
 
     def know(self, arrays: ArrayRecord, blob: Blob) -> None:
         """Note the blob that a record was made from."""
-        self._entries[id(arrays)] = (arrays, blob)
+        self._blobs[id(arrays)] = (arrays, blob)
 
-    def encode(self, arrays: ArrayRecord) -> Blob:
-        """Return the blob of a record that nobody changes during the cache's life."""
-        entry = self._entries.get(id(arrays))
+    def blob(self, arrays: ArrayRecord) -> Blob:
+        """Return the blob of a record."""
+        entry = self._blobs.get(id(arrays))
         if entry is None:
-            entry = self._entries[id(arrays)] = (arrays, encode_arrays(arrays))
+            entry = self._blobs[id(arrays)] = (arrays, encode_arrays(arrays))
         return entry[1]
+
+    def content(self, records: RecordDict) -> Content:
+        """Return a message's content; Flower's strategies give a cohort's messages the same one."""
+        entry = self._contents.get(id(records))
+        if entry is None:
+            bare, blobs = self.strip(records)
+            content = Content(compat.content_to_bytes(bare), blobs)
+            entry = self._contents[id(records)] = (records, content)
+        return entry[1]
+
+    def forget_contents(self) -> None:
+        """Forget them, but not the blobs: somebody may change what else is in a content."""
+        self._contents.clear()
+
+    def strip(self, records: RecordDict) -> tuple[RecordDict, dict[str, Blob]]:
+        """Return records without the data of arrays, and the blobs of these."""
+        stripped, blobs = RecordDict(), {}
+        for name, record in records.items():
+            if isinstance(record, ArrayRecord):
+                blobs[name] = self.blob(record)
+                record = compat.without_data(record)
+            stripped[name] = record
+        return stripped, blobs
 
 
 @dataclass(frozen=True)
@@ -180,27 +220,29 @@ class Packed:
         All but the arrays.
     blobs : list of Blob
         The arrays, each once.
-    content_digest : bytes
-        SHA-256 of the message's content without data of arrays and metadata.
+    content : bytes
+        The message's content as it is in the payload.
     """
 
     payload: grid_pb2.Payload
     blobs: list[Blob]
-    content_digest: bytes = b""
+    content: bytes = b""
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Return a digest of what is asked: content, arrays, state and seed.
+        """A digest of what is asked: content, arrays, state and seed; ask once all of it is known.
 
         Not of Flower's metadata, where the time of creation is: it is the same whenever the same is
         asked again.
         """
         payload = self.payload
         arrays = sorted((entry.of_state, entry.record, entry.digest) for entry in payload.arrays)
-        question = (payload.seed, payload.client_id, arrays, payload.state, self.content_digest)
+        content = hashlib.sha256(self.content).digest()
+        question = (payload.seed, payload.client_id, arrays, payload.state, content)
         return hashlib.sha256(repr(question).encode()).hexdigest()
 
 
-def pack(message: Message, state: RecordDict | None, cache: ArrayCache) -> Packed:
+def pack(message: Message, state: RecordDict | None, encodings: Encodings) -> Packed:
     """Encode a message, and a client's state with it.
 
     Parameters
@@ -209,31 +251,28 @@ def pack(message: Message, state: RecordDict | None, cache: ArrayCache) -> Packe
         With content or an error.
     state : RecordDict or None
         The ``context.state`` of the client, if it is not empty.
-    cache : ArrayCache
-        Blobs already made.
+    encodings : Encodings
+        Of what other messages share with it.
     """
     payload = grid_pb2.Payload()
     blobs: dict[str, Blob] = {}
 
-    def strip(records: RecordDict, of_state: bool) -> RecordDict:
-        stripped = RecordDict()
-        for name, record in records.items():
-            if isinstance(record, ArrayRecord):
-                blob = cache.encode(record)
-                blobs[blob.digest] = blob
-                payload.arrays.add(record=name, digest=blob.digest, of_state=of_state)
-                stripped[name] = compat.without_data(record)
-            else:
-                stripped[name] = record
-        return stripped
+    def add(arrays: dict[str, Blob], *, of_state: bool) -> None:
+        for name, blob in arrays.items():
+            blobs[blob.digest] = blob
+            payload.arrays.add(record=name, digest=blob.digest, of_state=of_state)
 
+    encoded = b""
     if message.has_content():
-        message = compat.with_content(message, strip(message.content, of_state=False))
-    payload.message = compat.message_to_bytes(message)
+        content = encodings.content(message.content)
+        encoded = content.encoded
+        add(content.arrays, of_state=False)
+    payload.message = compat.message_to_bytes(message, encoded)
     if state:
-        payload.state = compat.records_to_bytes(strip(state, of_state=True))
-    content_digest = hashlib.sha256(compat.content_of(payload.message)).digest()
-    return Packed(payload, list(blobs.values()), content_digest)
+        stripped, arrays = encodings.strip(state)
+        payload.state = compat.records_to_bytes(stripped)
+        add(arrays, of_state=True)
+    return Packed(payload, list(blobs.values()), encoded)
 
 
 def unpack(
@@ -254,6 +293,7 @@ def unpack(
         state = compat.records_from_bytes(payload.state)
     for entry in payload.arrays:
         records = state if entry.of_state else message.content
-        skeleton = records.array_records[entry.record]
+        skeleton = records[entry.record]
+        assert isinstance(skeleton, ArrayRecord)  # noqa: S101
         records[entry.record] = map_arrays(skeleton, open_blob(entry.digest))
     return message, state

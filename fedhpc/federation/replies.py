@@ -8,7 +8,7 @@ from flwr.app import Message, RecordDict
 from fedhpc import files
 from fedhpc.errors import PlatformError, Superseded
 from fedhpc.federation import compat, grid_pb2
-from fedhpc.federation.payload import ArrayCache, Blob, unpack
+from fedhpc.federation.payload import Blob, Encodings, unpack
 from fedhpc.federation.transport import Response
 from fedhpc.paths import RunPaths
 
@@ -47,14 +47,14 @@ class Replies:
     ----------
     keep : bool
         Whether the arrays of what is read from now on will be sent on: their files stay.
-    kept : ArrayCache
+    kept : Encodings
         The blobs of these arrays.
     """
 
     def __init__(self, paths: RunPaths) -> None:
         self._paths = paths
         self.keep = False
-        self.kept = ArrayCache()
+        self.kept = Encodings()
         self._files: set[Path] = set()
 
     def read(self, response: Response, question: Message) -> Reply:
@@ -92,7 +92,7 @@ class Replies:
         """Forget what was kept, and remove those of its files that have not been sent on."""
         for path in self._files:
             files.remove(path)
-        self.kept, self._files = ArrayCache(), set()
+        self.kept, self._files = Encodings(), set()
 
     def _open_blob(self, response: Response, digest: str) -> memoryview:
         if digest in response.blobs:

@@ -337,7 +337,7 @@ def test_what_a_server_asks_after_it_came_back_is_kept_only_if_it_is_the_same(
     service: Service,
 ) -> None:
     messages = ["r00003-c000000-train-0", "r00003-c000001-train-0", "r00002-c000002-train-0"]
-    fingerprint = Packed(grid_pb2.Payload(message=b"work"), []).fingerprint()
+    fingerprint = Packed(grid_pb2.Payload(message=b"work"), []).fingerprint
     held = [grid_pb2.Held(message_id=each, fingerprint=fingerprint) for each in messages]
     peer = service.client(held=held)
     peer.next("welcome")

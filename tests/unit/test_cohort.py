@@ -1,7 +1,7 @@
 """Cohorts through the real grid and loop, with fits in this process and no link."""
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +161,21 @@ def fails(*clients: int, rounds: Sequence[int] = (1, 2, 3), times: int = 99) -> 
             raise ValueError(f"client {client} has no luck")
 
     return behave
+
+
+def test_messages_that_are_made_one_by_one_may_share_a_content_that_changes(tmp_path: Path) -> None:
+    heard: dict[int, int] = {}
+    federation = Federation(tmp_path, heard.__setitem__)
+    settings = ConfigRecord()
+    content = RecordDict({"arrays": START, "config": settings})
+
+    def make() -> Iterator[Message]:
+        for client in range(4):
+            settings["server-round"] = 10 * client
+            yield Message(content, dst_node_id=client + 1, message_type="train")
+
+    assert len(list(federation.grid.send_and_receive(make()))) == 4
+    assert heard == {0: 0, 1: 10, 2: 20, 3: 30}
 
 
 # --- trying again --------------------------------------------------------------------------------

@@ -25,8 +25,8 @@ from safetensors.numpy import load as load_safetensors
 from fedhpc import files
 from fedhpc.federation import compat, payload
 from fedhpc.federation.payload import (
-    ArrayCache,
     Blob,
+    Encodings,
     Packed,
     decode_arrays,
     encode_arrays,
@@ -363,7 +363,7 @@ def unpacked(packed: Packed) -> tuple[Message, RecordDict]:
 
 def test_a_message_travels_whole() -> None:
     sent = message()
-    got, state = unpacked(payload.pack(sent, None, ArrayCache()))
+    got, state = unpacked(payload.pack(sent, None, Encodings()))
     assert state == RecordDict()
     assert got.metadata.message_id == "run-3-0-train-0"
     assert got.metadata.dst_node_id == 1
@@ -377,27 +377,27 @@ def test_a_message_travels_whole() -> None:
 
 def test_messages_with_the_same_names_and_shapes_are_not_mixed_up() -> None:
     first, second = (
-        unpacked(payload.pack(message(record(a=np.full(3, value))), None, ArrayCache()))[0]
+        unpacked(payload.pack(message(record(a=np.full(3, value))), None, Encodings()))[0]
         for value in (1.0, 2.0)
     )
     first.content.array_records["arrays"]["b"] = Array(np.zeros(1))
     del first.content.array_records["arrays"]["a"]
     assert_same(second.content.array_records["arrays"], record(a=np.full(3, 2.0)))
-    third, _ = unpacked(payload.pack(message(record(a=np.full(3, 3.0))), None, ArrayCache()))
+    third, _ = unpacked(payload.pack(message(record(a=np.full(3, 3.0))), None, Encodings()))
     assert_same(third.content.array_records["arrays"], record(a=np.full(3, 3.0)))
 
 
 def test_packing_does_not_change_the_message() -> None:
     sent = message()
     before = sent.content.array_records["arrays"]
-    payload.pack(sent, RecordDict({"s": record(a=np.ones(2))}), ArrayCache())
+    payload.pack(sent, RecordDict({"s": record(a=np.ones(2))}), Encodings())
     assert sent.content.array_records["arrays"] is before
     np.testing.assert_array_equal(before["a"].numpy(), np.arange(3.0))
 
 
 def test_no_array_is_in_the_small_payload() -> None:
     large = np.random.default_rng(0).random(100_000)
-    packed = payload.pack(message(record(a=large)), None, ArrayCache())
+    packed = payload.pack(message(record(a=large)), None, Encodings())
     assert packed.payload.ByteSize() < 2000
     assert sum(blob.size for blob in packed.blobs) > large.nbytes
 
@@ -410,7 +410,7 @@ def test_a_client_state_travels_with_its_message() -> None:
             "round": ConfigRecord({"seen": 3}),
         }
     )
-    got, found = unpacked(payload.pack(message(), state, ArrayCache()))
+    got, found = unpacked(payload.pack(message(), state, Encodings()))
     assert list(found) == ["momentum", "arrays", "round"]
     assert found["round"] == state["round"]
     assert_same(found.array_records["momentum"], state.array_records["momentum"])
@@ -423,14 +423,14 @@ def test_a_client_state_travels_with_its_message() -> None:
 def test_a_client_without_a_state_has_an_empty_one_at_the_other_end(
     state: RecordDict | None,
 ) -> None:
-    packed = payload.pack(message(), state, ArrayCache())
+    packed = payload.pack(message(), state, Encodings())
     assert not packed.payload.HasField("state")
     assert unpacked(packed)[1] == RecordDict()
 
 
 def test_an_error_travels() -> None:
     reply = Message(Error(code=3, reason="out of memory"), reply_to=message())
-    packed = payload.pack(reply, None, ArrayCache())
+    packed = payload.pack(reply, None, Encodings())
     assert packed.blobs == []
     got, _ = unpacked(packed)
     assert got.has_error()
@@ -439,16 +439,14 @@ def test_an_error_travels() -> None:
 
 def test_an_error_travels_with_a_state() -> None:
     reply = Message(Error(code=3, reason="x"), reply_to=message())
-    got, state = unpacked(
-        payload.pack(reply, RecordDict({"s": record(a=np.ones(2))}), ArrayCache())
-    )
+    got, state = unpacked(payload.pack(reply, RecordDict({"s": record(a=np.ones(2))}), Encodings()))
     assert got.has_error()
     np.testing.assert_array_equal(state.array_records["s"]["a"].numpy(), np.ones(2))
 
 
 def test_a_message_without_arrays_needs_no_blob() -> None:
     sent = Message(RecordDict(), dst_node_id=1, message_type="query")
-    packed = payload.pack(sent, None, ArrayCache())
+    packed = payload.pack(sent, None, Encodings())
     assert packed.blobs == []
     got, _ = unpacked(packed)
     assert got.content == RecordDict()
@@ -456,7 +454,7 @@ def test_a_message_without_arrays_needs_no_blob() -> None:
 
 def test_two_records_of_equal_content_are_one_blob() -> None:
     content = RecordDict({"x": record(a=np.arange(3)), "y": record(a=np.arange(3))})
-    packed = payload.pack(Message(content, 1, "train"), None, ArrayCache())
+    packed = payload.pack(Message(content, 1, "train"), None, Encodings())
     assert len(packed.blobs) == 1
     got, _ = unpacked(packed)
     assert_same(got.content.array_records["y"], content.array_records["y"])
@@ -471,7 +469,7 @@ def test_a_cohorts_common_model_is_encoded_once(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(payload, "encode_arrays", count)
     model = record(a=np.arange(1000.0))
-    cache = ArrayCache()
+    cache = Encodings()
     packed = [payload.pack(message(model, client), None, cache) for client in range(20)]
     assert len(encoded) == 1
     assert len({blob.digest for one in packed for blob in one.blobs}) == 1
@@ -480,7 +478,7 @@ def test_a_cohorts_common_model_is_encoded_once(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_models_that_differ_are_not_mixed_up_in_a_cache() -> None:
-    cache = ArrayCache()
+    cache = Encodings()
     for client in range(30):  # each record is garbage afterwards: ids could repeat
         packed = payload.pack(message(record(a=np.full(3, client))), None, cache)
         found = unpacked(packed)[0].content.array_records["arrays"]["a"].numpy()
@@ -497,12 +495,12 @@ def test_the_fingerprint_is_of_what_is_asked_and_not_of_when() -> None:
         )
         state = RecordDict({"mine": ArrayRecord({"m": Array(np.full(3, mine))})})
         message = Message(content, dst_node_id=1, message_type="train")
-        packed = payload.pack(message, state, ArrayCache())
+        packed = payload.pack(message, state, Encodings())
         packed.payload.seed = seed
         packed.payload.client_id = 0
         assert packed.payload.message not in seen
         seen.append(packed.payload.message)
-        return packed.fingerprint()
+        return packed.fingerprint
 
     seen: list[bytes] = []  # they differ, as Flower writes down when they were made
     assert ask() == ask()
