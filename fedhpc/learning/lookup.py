@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import lru_cache
 from typing import Any, TypeVar
 
 from fedhpc.errors import ConfigError
@@ -51,8 +52,8 @@ def check_parameters(
     function: Callable[..., Any],
     params: Mapping[str, Any],
     reserved: Collection[str] = (),
-) -> None:
-    """Check that a function can be called with ``params`` as keywords.
+) -> Mapping[str, inspect.Parameter]:
+    """Check that a function can be called with ``params`` as keywords; return what is valid.
 
     Parameters
     ----------
@@ -74,7 +75,7 @@ def check_parameters(
     """
     valid = {
         key: parameter
-        for key, parameter in inspect.signature(function).parameters.items()
+        for key, parameter in _signature(function).parameters.items()
         if key not in reserved
     }
     problems = [
@@ -90,3 +91,8 @@ def check_parameters(
     if problems:
         listed = f"valid parameters of {name}: {', '.join(valid)}"
         raise ConfigError(source, problems, listed if valid else f"{name} has no parameters")
+    return valid
+
+
+# Once for each function: it takes as long as a step of a small model, and fits ask again.
+_signature = lru_cache(inspect.signature)

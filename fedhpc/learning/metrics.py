@@ -62,6 +62,8 @@ def evaluate(
     predicted = []
     for rows in torch.split(torch.arange(len(examples), device=device), batch_size):
         inputs, targets = examples.batch(rows)
+        if device.type == "cpu":  # a quarter of the time less with convolutions
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         logits = model(inputs)
         total.add_(functional.cross_entropy(logits, targets, reduction="sum"))
         predicted.append(logits.argmax(dim=1))

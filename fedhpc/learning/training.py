@@ -3,8 +3,7 @@
 import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from inspect import signature
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,15 @@ from fedhpc.learning import lookup
 # Name and value of the environment variable that makes cuBLAS deterministic.
 CUBLAS_WORKSPACE = ("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-# Partitions that take less than this as float32 are normalised once a fit, not a batch at a time.
+# On a GPU, partitions that take less than this as float32 are normalised once a fit, not a batch at
+# a time. On the CPU that much new memory costs a fresh process more than it saves: 5 to 6 ms a fit
+# of 500 CIFAR-10 images (medians of children with and without in turn), and 1 ms an epoch.
 _NORMALISED_AHEAD_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, eq=False)
 class Examples:
-    """Labelled images on a device, normalised at once if they are few, else batch by batch.
+    """Labelled images on a device, normalised at once on a GPU if they are few, else by batches.
 
     Attributes
     ----------
@@ -77,7 +78,7 @@ class Examples:
             torch.tensor(m, dtype=torch.float32, device=device).view(-1, 1, 1) for m in (mean, std)
         ]
         examples = cls(*on_device, *moments)
-        if 4 * examples.images.nbytes > _NORMALISED_AHEAD_BYTES:
+        if device.type == "cpu" or 4 * examples.images.nbytes > _NORMALISED_AHEAD_BYTES:
             return examples
         return replace(examples, images=examples._normalised(examples.images))
 
@@ -200,17 +201,9 @@ def make_optimizer(
         For an unknown name or parameter, with the nearest and all valid ones, or a value that the
         class refuses.
     """
-    known = {
-        key: value
-        for key, value in vars(torch.optim).items()
-        if isinstance(value, type)
-        and issubclass(value, torch.optim.Optimizer)
-        and value is not torch.optim.Optimizer
-    }
     section = "training.optimizer"
-    optimizer = lookup.find(section, "an optimizer of torch.optim", name, known)
-    lookup.check_parameters(section, name, optimizer, params, reserved={"params"})
-    accepted = signature(optimizer).parameters
+    optimizer = lookup.find(section, "an optimizer of torch.optim", name, _optimizers())
+    accepted = lookup.check_parameters(section, name, optimizer, params, reserved={"params"})
     by_user = {"foreach", "fused", "differentiable"} & params.keys()
     # torch's own choice on a GPU: one call for all weights. On the CPU it saves a third of a step
     # of SGD with momentum on a small model, with the same bits.
@@ -219,6 +212,17 @@ def make_optimizer(
         return optimizer(parameters, **params, **chosen)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ConfigError(section, [f"params: {name} refuses {dict(params)}: {error}"]) from error
+
+
+@lru_cache(maxsize=1)
+def _optimizers() -> dict[str, type[torch.optim.Optimizer]]:
+    return {
+        key: value
+        for key, value in vars(torch.optim).items()
+        if isinstance(value, type)
+        and issubclass(value, torch.optim.Optimizer)
+        and value is not torch.optim.Optimizer
+    }
 
 
 @contextlib.contextmanager

@@ -223,17 +223,16 @@ def test_determinism_changes_nothing_on_a_cpu_and_on_a_gpu_nothing_that_stays(
     assert torch.backends.cudnn.benchmark
 
 
-def test_images_that_are_normalised_ahead_train_the_same_model_as_those_of_large_partitions(
-    digits: data.Dataset, monkeypatch: pytest.MonkeyPatch
+def test_images_that_are_normalised_by_batches_are_those_that_are_normalised_at_once(
+    digits: data.Dataset,
 ) -> None:
-    models = []
-    for limit in (training._NORMALISED_AHEAD_BYTES, 0):
-        monkeypatch.setattr(training, "_NORMALISED_AHEAD_BYTES", limit)
-        model = new_model()
-        torch.manual_seed(3)
-        fit(model, digits, epochs=2)
-        models.append(vector(model))
-    assert torch.equal(*models)
+    train = digits.train
+    examples = training.Examples.on(CPU, train.images, train.labels, digits.mean, digits.std)
+    at_once = examples._normalised(examples.images)
+    for rows in torch.split(torch.randperm(len(examples)), 37):
+        images, labels = examples.batch(rows)
+        assert torch.equal(images, at_once[rows])
+        assert torch.equal(labels, examples.labels[rows])
 
 
 @pytest.mark.parametrize("given", [{"foreach": False}, {"fused": True}, {"differentiable": True}])
