@@ -26,11 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from fedhpc.isolation import channel, child, cuda, host_memory, preloading
+from fedhpc.isolation.image import Image
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-_MADV_COLLAPSE = 25
-_HUGE_PAGE = 2 * 1024 * 1024
-_MERGED_AT_ONCE = 4 * _HUGE_PAGE  # 1 to 10 ms, for which a request may have to wait
 _LESSON_TIMEOUT_S = 60.0
 _WORTH_S = 0.03  # of imports in every child: less is not worth the time to learn it
 
@@ -53,7 +51,7 @@ class ForkServer:
         Connection to the array task.
     options : dict
         ``preload`` (modules), ``spawn`` (exec a new interpreter instead of a bare fork),
-        ``huge_pages`` (see `_merge_some`),
+        ``huge_pages`` (see `Image`),
         ``prepare_early`` (call the children's ``prepare`` here, once), ``rehearse`` (what else to
         call here, or None) and ``child`` (passed on to each child).
     """
@@ -66,7 +64,7 @@ class ForkServer:
         self._pid = os.getpid()
         self._refusal = ""  # why children cannot use CUDA
         self._has_context = False
-        self._unmerged: list[tuple[int, int]] = []  # addresses and lengths
+        self._image = Image() if options["huge_pages"] else None
 
     def serve(self) -> None:
         """Serve until the array task closes its end."""
@@ -86,9 +84,10 @@ class ForkServer:
         selector.register(wake_read, selectors.EVENT_READ)
         try:
             while True:
-                ready = {key.fileobj for key, _ in selector.select(0 if self._unmerged else None)}
-                if not ready:
-                    self._merge_some()
+                unmerged = self._image is not None and not self._image.is_settled
+                ready = {key.fileobj for key, _ in selector.select(0 if unmerged else None)}
+                if not ready and self._image is not None:
+                    self._image.merge_some()
                 if wake_read in ready:
                     with contextlib.suppress(BlockingIOError):
                         os.read(wake_read, 4096)
@@ -127,7 +126,8 @@ class ForkServer:
                 self._options["child"]["prepare"] = None
             self._check_for_cuda(what)
         if self._options["rehearse"]:
-            with contextlib.suppress(Exception, SystemExit):  # the first fit tells
+            tidy = self._image.without_holes() if self._image else contextlib.nullcontext()
+            with tidy, contextlib.suppress(Exception, SystemExit):  # the first fit tells
                 child.resolve(self._options["rehearse"])(self._options["child"]["prepare_arg"])
         if torch is not None:
             torch.set_num_threads(self._options["child"]["threads"])
@@ -138,8 +138,8 @@ class ForkServer:
         """Make what is in memory now cheap to share."""
         # Children must not write to pages of objects they only share with this process.
         gc.freeze()
-        if self._options["huge_pages"]:
-            self._unmerged = _own_memory()
+        if self._image is not None:
+            self._image.settle()
 
     def _learn(self, names: list[str]) -> None:
         """Import more modules, if it is worth it and another process found that they may be."""
@@ -185,16 +185,6 @@ class ForkServer:
                 "\n  Hint: leave it out of isolation.preload, or set isolation.learn_preload: false"
                 " or isolation.start_method: spawn"
             )
-
-    def _merge_some(self) -> None:
-        """Move a part of this process's memory into huge pages, where the kernel can (Linux 6.1).
-
-        A fork copies a page table entry for each page, and the exit of a child drops it again:
-        with torch 400 MB of them. Measured on 2 cores: fork 16 to 5 ms, exit 16 to 8 ms. All of it
-        takes up to a second, so it is done between requests.
-        """
-        address, length = self._unmerged.pop()
-        self._libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), _MADV_COLLAPSE)
 
     def _abandoned(self) -> bool:
         # Not a peek: requests may be queued before the end.
@@ -305,20 +295,6 @@ class ForkServer:
                 os.waitpid(-1, 0)
             except ChildProcessError:
                 return
-
-
-def _own_memory() -> list[tuple[int, int]]:
-    """Return addresses and lengths of huge pages that hold what this process has written."""
-    found = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, access, _, _, _, *name = line.split(maxsplit=5)
-        if access != "rw-p" or (name and name[0].strip() != "[heap]"):
-            continue
-        start, end = (int(address, 16) for address in addresses.split("-"))
-        end -= end % _HUGE_PAGE
-        for address in range(-(-start // _HUGE_PAGE) * _HUGE_PAGE, end, _MERGED_AT_ONCE):
-            found.append((address, min(_MERGED_AT_ONCE, end - address)))
-    return found
 
 
 def _kill_group(pid: int) -> None:

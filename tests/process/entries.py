@@ -13,6 +13,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -289,6 +290,15 @@ def slow_reply(view: memoryview) -> list[Generator[bytes, None, None]]:
 @entry
 def pid() -> int:
     return os.getpid()
+
+
+@entry
+def faults_of(megabytes: int) -> int:
+    """Write to that much new memory, and return how often the kernel had to give some."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [bytearray(b"x") * 2**20 for _ in range(megabytes)]
+    assert len(blocks) == megabytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 @entry

@@ -1,5 +1,6 @@
 """What a child is given, what it may do, and what of it reaches the caller."""
 
+import ctypes
 import json
 import os
 import re
@@ -579,3 +580,46 @@ def test_slots_run_side_by_side() -> None:
         ]
         assert len({answer.result(30) for answer in answers}) == 4
         assert time.monotonic() - began_s < 2.5
+
+
+@pytest.mark.skipif(
+    "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="the kernel gives no huge pages",
+)
+def test_what_a_child_allocates_comes_from_huge_pages() -> None:
+    faults = {}
+    for huge_pages in (True, False):
+        with ChildPool(light(preload=["entries"], huge_pages=huge_pages)) as pool:
+            faults[huge_pages] = call(pool, "faults_of", 32)
+    assert faults[False] > 32 * 256  # a page each
+    assert faults[True] < faults[False] / 4
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 tells")
+def test_what_was_freed_in_the_fork_server_leaves_no_holes() -> None:
+    script = """
+import ctypes
+from fedhpc.isolation.image import MB, Image
+def after(tidy):
+    if not tidy:
+        return [bytearray(MB) for _ in range(20)][::3]  # what stays keeps the rest apart
+    with Image().without_holes():
+        return [bytearray(MB) for _ in range(20)][::3]
+class Info(ctypes.Structure):
+    _fields_ = [(str(n), ctypes.c_size_t) for n in range(10)]
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = Info
+libc.mallopt(-3, 32 * MB)  # what a program comes to that has freed large blocks
+before = getattr(libc.mallinfo2(), "8")
+kept = after(TIDY)
+print((getattr(libc.mallinfo2(), "8") - before) // MB)
+"""
+    holes = [
+        int(subprocess.run(
+            [sys.executable, "-c", script.replace("TIDY", str(tidy))],
+            capture_output=True, text=True, check=True,
+        ).stdout)
+        for tidy in (False, True)
+    ]  # fmt: skip
+    assert holes[0] > 10
+    assert holes[1] < 2
