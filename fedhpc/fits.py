@@ -244,7 +244,8 @@ class Fits:
             except OSError as error:
                 self._give_up(held, f"its result could not be read: {error}")
             else:
-                self._link.send(events)
+                # While more fits wait here nobody does: the server has no work for this slot.
+                self._link.send(events, urgent=not self._waiting)
 
     def _give_up(self, held: Held, reason: str) -> None:
         """Let another array task have a fit, unless it was cancelled; the lock is held."""

@@ -145,6 +145,7 @@ class SlotAccount:
     def __init__(self) -> None:
         self._before = SlotSeconds()
         self._of_fits: defaultdict[str, float] = defaultdict(float)
+        self._early: defaultdict[str, float] = defaultdict(float)
 
     def add(self, held_s: float, of_fit: dict[str, float]) -> float:
         """Note a fit that was of use; return the link's part of it.
@@ -156,10 +157,12 @@ class SlotAccount:
         of_fit : dict
             What the array task says that they went into: seconds for each of `OF_FIT`.
         """
-        # One that came back with its array task, or was there ahead of its turn, has begun earlier.
+        # One that came back with its array task, or was there ahead of its turn, has begun earlier:
+        # while the result before it, in the same slot, was still on its way.
         share = min(1.0, held_s / told_s) if (told_s := sum(of_fit.values())) > 0 else 1.0
         for use, seconds in of_fit.items():
             self._of_fits[use] += share * seconds
+            self._early[use] += (1 - share) * seconds
         link_s = held_s - share * told_s
         self._of_fits["link"] += link_s
         return link_s
@@ -168,6 +171,12 @@ class SlotAccount:
         """Return the slot-seconds of each use since the last lap; {} if there was no slot."""
         passed, self._before = now - self._before, now
         uses, self._of_fits = self._of_fits, defaultdict(float)
+        early, self._early = self._early, defaultdict(float)
+        if (early_s := sum(early.values())) > 0:
+            on_the_way_s = min(uses["link"], early_s)
+            uses["link"] -= on_the_way_s
+            for use, seconds in early.items():
+                uses[use] += seconds * on_the_way_s / early_s
         uses["lost"] = max(0.0, passed.busy_s - sum(uses.values()))
         uses["idle"], uses["between"] = passed.idle_s, passed.between_s
         return dict(uses) if sum(uses.values()) > 0 else {}

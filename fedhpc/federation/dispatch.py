@@ -6,8 +6,8 @@ that ran it were lost again and again; or by being withdrawn. What will take lon
 that a round does not end with one long fit and idle slots.
 
 While more messages wait than the other array tasks have slots, an array task gets some ahead of
-their turn, one for each slot, so that none of its slots waits for the network. A message that is
-ahead of its turn in one place moves on to a slot that is free in another.
+their turn, one for each slot and at least eight, so that none of its slots waits for the network. A
+message that is ahead of its turn in one place moves on to a slot that is free in another.
 
 An array task that comes back says which fits it has from before. Those that nobody has asked for
 yet are *offers*: the server may be a new attempt that has not come as far again. An offer takes a

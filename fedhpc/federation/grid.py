@@ -169,6 +169,7 @@ class HpcGrid(Grid):
             del self._open[response.message_id]
             answer.commit()
             replies.append(answer.reply)
+        self.recorder.write_fits()
         return replies
 
     def send_and_receive(
@@ -275,6 +276,7 @@ class HpcGrid(Grid):
             for name, answer in sorted(batch.items()):
                 self._note(came[name], tries=answer.tries, late=cohort.is_late(name))
             self._note_refused(refused, came)
+            self.recorder.write_fits()
             if not cohort.closed:
                 self._transport.send([self._open[name].request for name in cohort.again()])
             self.recorder.decided(count - len(cohort.waiting))
@@ -312,6 +314,7 @@ class HpcGrid(Grid):
             failure = grid_pb2.Failure(reason=_TOO_LATE)
             self._note(Response(message_id, failure=failure))
             reasons[message_id] = _TOO_LATE
+        self.recorder.write_fits()
         for message_id, reason in reasons.items():
             opened = self._open[message_id]
             verb = opened.message.metadata.message_type

@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -27,6 +28,7 @@ OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 _GOODBYE_S = 1.0
+_LINGER_S = 0.01
 
 Event = grid_pb2.FromArrayTask
 B = TypeVar("B", grid_pb2.BatchFromArrayTask, grid_pb2.BatchToArrayTask)
@@ -60,6 +62,12 @@ def batches(kind: type[B], events: Iterable[Any]) -> Iterator[B]:
         yield batch
 
 
+@dataclass(frozen=True)
+class _Waiting:
+    events: Iterator[Event]
+    urgent: bool
+
+
 class LinkClient:
     """One connection to the server.
 
@@ -88,8 +96,8 @@ class LinkClient:
         self.address = address
         self._waiting = waiting
         self._liveness_timeout_s = liveness_timeout_s
-        self._outgoing: queue.SimpleQueue[Iterator[Event] | None] = queue.SimpleQueue()
-        self._outgoing.put(iter([Event(hello=hello)]))
+        self._outgoing: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self.send([Event(hello=hello)])
         self._channel = grpc.secure_channel(
             address,
             credentials,
@@ -133,14 +141,21 @@ class LinkClient:
         finally:
             self._ended.set()
 
-    def send(self, events: Iterable[Event]) -> None:
-        """Queue messages; they are made when the stream has room for them."""
-        self._outgoing.put(iter(events))
+    def send(self, events: Iterable[Event], *, urgent: bool = True) -> None:
+        """Queue messages; they are made when the stream has room for them.
+
+        Parameters
+        ----------
+        events : iterable of FromArrayTask
+            The messages.
+        urgent : bool
+            Whether somebody waits for them. Others wait for more to go with them, up to 10 ms.
+        """
+        self._outgoing.put(_Waiting(iter(events), urgent))
 
     def leave(self, reason: str) -> None:
         """Say goodbye, so that no fit is blamed for the end of the stream, and end it."""
-        goodbye = grid_pb2.Goodbye(reason=reason)
-        self._outgoing.put(iter([Event(goodbye=goodbye)]))
+        self.send([Event(goodbye=grid_pb2.Goodbye(reason=reason))])
         self._ended.wait(_GOODBYE_S)
         self.close()
 
@@ -153,14 +168,22 @@ class LinkClient:
 
     def _requests(self) -> Iterator[grid_pb2.BatchFromArrayTask]:
         while True:
-            waiting = [self._outgoing.get()]
-            with contextlib.suppress(queue.Empty):
-                while waiting[-1] is not None:
-                    waiting.append(self._outgoing.get_nowait())
-            events = itertools.chain.from_iterable(one for one in waiting if one is not None)
+            waiting = self._gather()
+            events = itertools.chain.from_iterable(one.events for one in waiting if one)
             yield from batches(grid_pb2.BatchFromArrayTask, events)
             if waiting[-1] is None:
                 return
+
+    def _gather(self) -> list[_Waiting | None]:
+        """Wait for messages; return all that there are, up to the None at the end."""
+        found = [self._outgoing.get()]
+        until_s = time.monotonic() + _LINGER_S
+        with contextlib.suppress(queue.Empty):
+            while (last := found[-1]) is not None:
+                if last.urgent:
+                    until_s = 0.0
+                found.append(self._outgoing.get(timeout=max(0.0, until_s - time.monotonic())))
+        return found
 
     def _keep_alive(self) -> None:
         looked_s = time.monotonic()

@@ -310,25 +310,30 @@ class LinkServer:
 
     def _take(self, peer: Peer, events: _Events) -> None:
         """Note what an array task says, and do what is to be done then."""
-        for event in events:
-            if event.HasField("chunk"):
-                peer.take_chunk(event.chunk, max(self._options.inline_bytes, link.CHUNK))
-            elif event.HasField("result"):
-                self._take_result(peer, event.result)
-            elif event.HasField("heartbeat"):
-                peer.waiting = list(event.heartbeat.waiting)
-            elif event.HasField("slots"):
-                peer.slots = event.slots.slots
-                self._machine.resize(peer.number, peer.slots)
-            elif event.HasField("hand_back"):
-                back = event.hand_back
-                logger.warning("array task %d: %s", peer.hello.array_task, back.reason)
-                self._machine.hand_back(peer.number, back.message_id, back.reason)
-            elif event.HasField("goodbye"):
-                peer.goodbye = event.goodbye.reason
-                return  # it is given nothing more
+        with self._news:  # whoever waits for results wakes up once
+            for event in events:
+                self._take_event(peer, event)
+                if peer.goodbye:
+                    return  # it is given nothing more
         if not all(event.HasField("chunk") for event in events):
             self._act()
+
+    def _take_event(self, peer: Peer, event: grid_pb2.FromArrayTask) -> None:
+        if event.HasField("chunk"):
+            peer.take_chunk(event.chunk, max(self._options.inline_bytes, link.CHUNK))
+        elif event.HasField("result"):
+            self._take_result(peer, event.result)
+        elif event.HasField("heartbeat"):
+            peer.waiting = list(event.heartbeat.waiting)
+        elif event.HasField("slots"):
+            peer.slots = event.slots.slots
+            self._machine.resize(peer.number, peer.slots)
+        elif event.HasField("hand_back"):
+            back = event.hand_back
+            logger.warning("array task %d: %s", peer.hello.array_task, back.reason)
+            self._machine.hand_back(peer.number, back.message_id, back.reason)
+        elif event.HasField("goodbye"):
+            peer.goodbye = event.goodbye.reason
 
     async def _write(self, peer: Peer, context: _Context) -> None:
         while True:

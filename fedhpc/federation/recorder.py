@@ -80,6 +80,7 @@ class Recorder:
         self._start_s = time.monotonic()
         self.watch = Stopwatch()
         self._slots = SlotAccount()
+        self._lines: list[dict[str, Any]] = []
         self._rounds_done = 0
         self._has_sent = False
         self.last_failure = ""
@@ -149,7 +150,9 @@ class Recorder:
         late: bool = False,
         refused: bool = False,
     ) -> None:
-        """Write the line of a fit, and the file of its failure if it failed.
+        """Note the line of a fit, and write the file of its failure if it failed.
+
+        `write_fits` writes the line.
 
         Parameters
         ----------
@@ -197,10 +200,16 @@ class Recorder:
             line["reason"] = response.failure.reason
             self.last_failure = f"client {client_id}: {response.failure.reason}"
             self._write_error(response, line, tries)
-        files.append_line(self._paths.fits, line)
+        self._lines.append(line)
         with self._lock:
             self._progress.fits_done += not refused
             self._progress.fits_failed += response.failure is not None
+
+    def write_fits(self) -> None:
+        """Write the lines of fits that were noted since the last call."""
+        if self._lines:
+            files.append_line(self._paths.fits, *self._lines)
+            self._lines.clear()
 
     def decided(self, count: int) -> None:
         """Note of how many messages sent last it is decided what their fits end with."""

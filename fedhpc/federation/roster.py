@@ -6,6 +6,8 @@ What follows from them is kept up to date, not found anew at each result: a run 
 from dataclasses import dataclass, field
 from itertools import islice
 
+_LEAST_AHEAD = 8  # of fits that take milliseconds: enough while others travel in batches
+
 
 @dataclass
 class Link:
@@ -36,6 +38,11 @@ class Link:
         return begun
 
 
+def ahead(slots: int) -> int:
+    """Return how many messages a link may have ahead of their turn."""
+    return max(slots, _LEAST_AHEAD)
+
+
 class Occupancy:
     """Slots of all links.
 
@@ -46,7 +53,7 @@ class Occupancy:
     roomy : set of int
         Links with a slot that has neither a message nor an offer.
     early : set of int
-        Links without, that may have one more message ahead of its turn: one for each slot.
+        Links without, that may have one more message ahead of its turn: see `ahead`.
     behind : set of int
         Links that have a message ahead of its turn.
     """
@@ -68,7 +75,7 @@ class Occupancy:
         taken = len(link.assigned) + offers
         if taken < link.slots:
             self.roomy.add(number)
-        elif taken < 2 * link.slots:
+        elif taken < link.slots + ahead(link.slots):
             self.early.add(number)
         if not all(islice(reversed(link.assigned.values()), 1)):
             self.behind.add(number)

@@ -221,7 +221,8 @@ class Child:
     def _take_slot(self, call: dict[str, Any]) -> float:
         """Wait for a slot and memory, unless they are there from the call before."""
         wait_s, before, terms = 0.0, None, admission.Terms()
-        if call["request"] is not None and self._slot is None:
+        takes_slot = call["request"] is not None and self._slot is None
+        if takes_slot:
             request = admission.Request(**call["request"])
             self._slot = admission.admit(request, self._ask, self._tell_waiting)
             self._group = SlotGroup(Path(request.folder), request.key)
@@ -236,10 +237,8 @@ class Child:
         if call["host_bytes"] and self._done == 1 and not self._has_gpu:
             host_memory.limit_own_data(call["host_bytes"])
             self._limited = True
-        lock = None if self._slot is None else self._slot.lock.index
-        self._tell(
-            {"event": "admitted", "wait_s": wait_s, "lock": lock, "gpu_before_bytes": before}
-        )
+        if takes_slot or self._done == 1:  # else the pool knows that it has its slot
+            self._tell({"event": "admitted", "wait_s": wait_s, "gpu_before_bytes": before})
         return wait_s
 
     def _gpu_use(self) -> dict[str, Any]:

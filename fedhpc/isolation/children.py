@@ -158,13 +158,14 @@ class Children:
             return child
 
     def prepare_successor(self, slot: Slot) -> None:
-        """Start the child that will follow one of those that work now."""
+        """Start the child that will follow one that has just begun to work."""
         if self._options.fits_per_process != 1 or (slot.gpus and self._cuda_before_slot):
             return  # kept children: the rare replacement is not worth an idle process
         with self._lock:
             alike = [child for child in self._live.values() if child.env == slot.env]
             ready = sum(child in self._ready for child in alike)
-            if ready < len(alike) - ready and not self._closed:
+            at_work = max(1, len(alike) - ready)  # that one may have ended meanwhile
+            if ready < at_work and not self._closed:
                 with contextlib.suppress(PlatformError):  # the next call will say it
                     self._ready.append(self._start_child(slot, prepare_now=True))
 

@@ -210,10 +210,16 @@ class ChildPool:
     ) -> tuple[dict[str, Any], list[int], dict[str, Any]] | None:
         """Send a call, answer the child's questions and wait for its reply; None if it is gone."""
         deadline_s = time.monotonic() + call.slot_timeout_s
+        nothing = {"wait_s": 0.0, "gpu_before_bytes": None}
         admitted: dict[str, Any] | None = None
         message = call.message(alone=alone, host_bytes=self._options.host_memory_bytes)
         try:
             channel.send(child.sock, message, call.buffers)
+            if child.kept:  # it has its slot: a message less in each fit
+                admitted = nothing
+                deadline_s = time.monotonic() + call.timeout_s
+                if call.on_admitted is not None:
+                    call.on_admitted(None)
             while True:
                 child.sock.settimeout(max(0.001, deadline_s - time.monotonic()))
                 received = channel.receive(child.sock)
@@ -239,7 +245,6 @@ class ChildPool:
                             call.on_admitted(answer["gpu_before_bytes"])
                     case _:
                         # Without a slot it can only be an error.
-                        nothing = {"wait_s": 0.0, "gpu_before_bytes": None}
                         return answer, fds, admitted or nothing
         except ConnectionError:
             _gone(child, admitted)
@@ -281,8 +286,11 @@ class ChildPool:
 
 
 def _gone(child: Child, admitted: dict[str, Any] | None) -> None:
-    """Tell a child that had left by itself, before it saw the call, from one that died."""
-    if admitted is not None or child.doomed:
+    """Tell a child that had left by itself, before it saw the call, from one that died.
+
+    Of a kept one that is not known: its call begins anew, in another process.
+    """
+    if child.doomed or (admitted is not None and not child.kept):
         return
     child.exited.wait(_EXIT_TIMEOUT_S)
     on_gpu = bool(child.env["CUDA_VISIBLE_DEVICES"])  # there the next one is not made in advance

@@ -40,7 +40,9 @@ def test_an_error_that_no_file_can_hold_is_in_the_log_and_does_not_end_the_run(
 ) -> None:
     monkeypatch.setattr(files, "write_atomic", refuse)
     failure = grid_pb2.Failure(reason="ValueError: no", traceback="line 7 of the app")
-    Recorder(paths).fit_ended(Response("1-0-train-0", failure=failure), 1, 0, "train")
+    recorder = Recorder(paths)
+    recorder.fit_ended(Response("1-0-train-0", failure=failure), 1, 0, "train")
+    recorder.write_fits()
     assert "line 7 of the app" in caplog.text
     assert [line["reason"] for line in files.read_lines(paths.fits)] == ["ValueError: no"]
 

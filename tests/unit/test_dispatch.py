@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from fedhpc.federation import message_ids
+from fedhpc.federation import message_ids, roster
 from fedhpc.federation.actions import Action, Assign, Cancel, Drop, Fail, Keep, Turn
 from fedhpc.federation.dispatch import Dispatch
 
@@ -63,16 +63,27 @@ def test_a_message_that_was_answered_can_be_submitted_again() -> None:
     assert done_by(dispatch) == [Assign(1, "a")]
 
 
-def test_a_link_has_one_message_ahead_of_its_turn_for_each_slot() -> None:
-    dispatch = connected(1, slots=2)
-    for message_id in "abcde":
+@pytest.fixture
+def few_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a link have one message ahead of its turn for each slot."""
+    monkeypatch.setattr(roster, "_LEAST_AHEAD", 0)
+
+
+@pytest.mark.parametrize(("slots", "ahead"), [(2, 8), (8, 8), (10, 10)])
+def test_a_link_has_a_message_ahead_of_its_turn_for_each_slot_and_at_least_eight(
+    slots: int, ahead: int
+) -> None:
+    dispatch = connected(1, slots=slots)
+    names = list("abcdefghijklmnopqrstuvwxyz")
+    for message_id in names:
         dispatch.submit(message_id, 0)
     first = dispatch.actions()
-    assert assigned(first) == [(1, "a"), (1, "b"), (1, "c"), (1, "d")]
-    assert {turn for turn in first if isinstance(turn, Turn)} == {Turn(1, "a"), Turn(1, "b")}
-    assert dispatch.occupancy() == (2, 2)
+    assert assigned(first) == [(1, name) for name in names[: slots + ahead]]
+    turns = {turn.message_id for turn in first if isinstance(turn, Turn)}
+    assert turns == set(names[:slots])
+    assert dispatch.occupancy() == (slots, slots)
     assert dispatch.answered(1, "a")
-    assert dispatch.actions() == [Turn(1, "c"), Assign(1, "e")]
+    assert dispatch.actions() == [Turn(1, names[slots]), Assign(1, names[slots + ahead])]
 
 
 def test_nothing_goes_ahead_of_its_turn_that_others_may_need_at_once() -> None:
@@ -129,6 +140,7 @@ def test_what_takes_longest_is_assigned_first_and_equals_in_the_order_of_submiss
     assert done == ["b", "d", "e", "a", "c"]
 
 
+@pytest.mark.usefixtures("few_ahead")
 def test_a_long_message_that_was_lost_comes_first_again() -> None:
     dispatch = connected(2)
     for message_id, expected in {"a": 1.0, "b": 2.0, "c": 1.0, "d": 3.0}.items():
@@ -152,6 +164,7 @@ def test_a_message_that_is_answered_before_its_turn_and_asked_again_is_assigned_
     assert assigned(dispatch.actions()) == []
 
 
+@pytest.mark.usefixtures("few_ahead")
 def test_a_message_that_was_lost_comes_before_the_later_ones() -> None:
     dispatch = connected(2)
     for message_id in "abcd":
@@ -406,6 +419,7 @@ def test_what_an_array_task_holds_is_not_assigned_again() -> None:
     assert dispatch.answered(3, "a")
 
 
+@pytest.mark.usefixtures("few_ahead")
 def test_what_an_array_task_holds_takes_its_slots() -> None:
     dispatch = machine(1)
     for message_id in "abc":
@@ -506,6 +520,7 @@ def test_an_offer_makes_room_for_a_message_that_needs_its_slot() -> None:
     assert done_by(dispatch) == [Keep(1, fit(0, 2))]
 
 
+@pytest.mark.usefixtures("few_ahead")
 def test_an_offer_makes_no_room_for_what_is_asked_for_together_with_it() -> None:
     dispatch = offered({fit(7, 8): "", fit(7, 9): ""}, slots=2)
     for client_id in range(10):
@@ -632,6 +647,7 @@ def test_an_array_task_that_does_not_come_back_after_a_stall_is_waited_for_no_lo
 # --- more and fewer slots -------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("few_ahead")
 def test_more_slots_take_more_messages_and_fewer_take_none_away() -> None:
     dispatch = connected(1)
     for message_id in "abcd":
@@ -666,6 +682,7 @@ def test_a_message_that_nobody_can_run_fails_with_the_last_reason() -> None:
     assert fail.reason.endswith("array task 0: its GPU is lost")
 
 
+@pytest.mark.usefixtures("few_ahead")
 def test_what_waits_for_a_pinned_array_task_is_counted() -> None:
     dispatch = machine(2, placement="pinned")
     dispatch.join(1, 1, 1, {}, 0.0)
@@ -788,7 +805,8 @@ class Behaviour(RuleBasedStateMachine):
                 assert others == [], "somebody has it"
             taken = len(self.has[action.link]) + len(self.offers[action.link])
             if taken >= self.slots[action.link]:
-                assert taken < 2 * self.slots[action.link], "too many are ahead of their turn"
+                slots = self.slots[action.link]
+                assert taken < slots + max(slots, 8), "too many are ahead of their turn"
                 self.assert_that_others_have_enough(action)
             assert self.may_run(action.message_id, array_task), "pinned elsewhere"
             assert self.most_connected >= 2, "work starts with min_array_tasks"

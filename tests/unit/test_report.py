@@ -301,6 +301,7 @@ def test_the_reasons_why_processes_were_replaced_are_a_table(empty: RunPaths) ->
         replace(response, fit=grid_pb2.Fit(replaced="threads 1 -> 4")), 1, 1, "train"
     )
     recorder.fit_ended(replace(response, fit=grid_pb2.Fit()), 1, 2, "train")
+    recorder.write_fits()
     assert [line.get("replaced") for line in files.read_lines(empty.fits)] == [
         "threads 1 -> 3", "threads 1 -> 4", None,
     ]  # fmt: skip
