@@ -22,6 +22,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedhpc.federation import apps, seeds
 from fedhpc.federation.experiment import Experiment, open_experiment
 
+_NODES_TIMEOUT_S = 60.0
+
 
 @dataclass
 class SeededClient:
@@ -99,6 +101,12 @@ class _Server:
         initial = ArrayRecord(self._experiment.new_model().state_dict())
         strategy = strategies.build(config.strategy, config.federation)
         configure, aggregate = strategy.configure_train, strategy.aggregate_train
+        # The engine starts this before all of its nodes are there.
+        deadline_s = time.monotonic() + _NODES_TIMEOUT_S
+        while len(grid.state.nodes) < config.federation.num_clients:
+            if time.monotonic() > deadline_s:
+                raise TimeoutError(f"{len(grid.state.nodes)} of Flower's nodes are there")
+            time.sleep(0.01)
         clients = {node: k for k, node in enumerate(grid.state.nodes)}  # in the order of partitions
         grid.pull_interval = 0.01
         grid.get_node_ids = lambda: list(clients)

@@ -23,6 +23,7 @@ _PR_SET_CHILD_SUBREAPER = 36
 _TICKS = os.sysconf("SC_CLK_TCK")
 _INTERVAL_S = 0.5
 _STRAYS_S = 20.0
+_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ def measure(command: list[str]) -> Measured:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
         watch = _Watch()
         try:
-            code = process.wait()
+            code = process.wait(_TIMEOUT_S)
             reaped = _reap_strays()
         except BaseException:
             _kill_all(os.getpid())

@@ -16,7 +16,7 @@ from fedhpc.cluster import submission
 from fedhpc.errors import PlatformError
 from fedhpc.paths import RunPaths
 
-_PAUSE_S = 0.2
+_PAUSE_S = 0.1
 _ASK_LOCAL_S = 1.0
 _FIRST_ASK_SLURM_S = 3.0
 _MAX_ASK_SLURM_S = 20.0

@@ -38,10 +38,17 @@ def submit(
     """
     cluster = config.cluster
     python = entries.python(config, shlex.quote(sys.executable))
-    executor = submitit.LocalExecutor(folder=paths.jobs, python=python)
     # With setup lines the environment is set after them; without, there need not be a shell.
     setup = cluster.setup and [*cluster.setup, *entries.export_lines(config, paths)]
-    executor.update_parameters(timeout_min=cluster.time_min or _TIMEOUT_MIN, setup=setup)
+    timeout_min = cluster.time_min or _TIMEOUT_MIN
+
+    def start(entry: str, *more: int) -> str:
+        # One for each job: between two jobs an executor waits for 0.2 s, to spare a scheduler.
+        executor = submitit.LocalExecutor(folder=paths.jobs, python=python)
+        executor.update_parameters(timeout_min=timeout_min, setup=setup)
+        job_id: str = executor.submit(entries.call_with_gpus, gpus, entry, root, *more).job_id
+        return job_id
+
     env = {**entries.JOB_ENV, **cluster.env}
     if config.snapshot:
         env |= entries.snapshot_env(paths, env.get("PYTHONPATH", os.environ.get("PYTHONPATH")))
@@ -50,11 +57,9 @@ def submit(
     count = min(cluster.array_tasks, cluster.max_parallel or cluster.array_tasks)
     with _untouched_by_terminal(env, paths.jobs / "controllers.log"):
         try:
-            job = executor.submit(entries.call_with_gpus, gpus, server, root)
-            jobs.server = job.job_id
+            jobs.server = start(server)
             for index in range(count):
-                job = executor.submit(entries.call_with_gpus, gpus, client, root, index)
-                jobs.clients.append(job.job_id)
+                jobs.clients.append(start(client, index))
             submission.write(paths, jobs)
         except OSError as error:
             raise SubmissionError(f"a local process could not be started: {error}") from error
