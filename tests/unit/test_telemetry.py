@@ -39,6 +39,7 @@ def test_samples_are_taken_also_where_a_process_that_ends_is_always_waited_for(
     monkeypatch.setattr(telemetry, "INTERVAL_S", 0.05)
     path = tmp_path / "0.jsonl"
     monkeypatch.setattr(telemetry, "_GONE_S", 0.1)
+    monkeypatch.setattr(telemetry, "_GATHERED_S", 0.0)  # the file is there at once
     # After a sample that took long (of a large process, here this one) the next one comes later.
     monkeypatch.setattr(telemetry, "proportional_bytes", lambda _: 1)
     with sampler(path, Pool()) as made:
