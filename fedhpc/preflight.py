@@ -160,8 +160,9 @@ def _note_of_check(resolved: config.Config, packed: Path) -> Path:
     """Return the file that says that a config like this one was found good."""
     sections = {"federation", "model", "training", "strategy", "data", "app", "seed"}
     source = Path(__file__).parent
+    rounds = {"federation": {"num_rounds"}}  # no library has a say in how many there are
     what = [
-        resolved.model_dump(mode="json", include=sections),
+        resolved.model_dump(mode="json", include=sections, exclude=rounds),
         [metadata.version(name) for name in _LIBRARIES],
         sys.version,
         sorted((str(p), p.stat().st_mtime_ns) for p in source.rglob("*.py")),

@@ -42,7 +42,8 @@ def test_a_config_that_was_found_good_needs_no_libraries_until_something_changes
 ) -> None:
     first, said = run(tmp_path)
     assert said == "[] True"
-    again, said = run(tmp_path, "cluster.array_tasks=3", "isolation.slots=2", "name=other")
+    others = ("cluster.array_tasks=3", "isolation.slots=2", "name=other", "federation.num_rounds=7")
+    again, said = run(tmp_path, *others)
     assert said == "[] False"
     assert files.read_json(again.data) == files.read_json(first.data)
     shares = [partitions.load(paths.partitions) for paths in (first, again)]
