@@ -333,6 +333,35 @@ def test_an_array_task_that_comes_back_keeps_what_it_holds(service: Service) -> 
     assert [response.message_id for response in service.links.receive(["a"], 5)] == ["a"]
 
 
+def test_what_nobody_waits_for_travels_with_what_is_urgent(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(link, "_LINGER_S", 5.0)
+    took: queue.Queue[int] = queue.Queue()
+    take = service.links._take
+
+    def note(peer: Any, events: Any) -> None:
+        take(peer, events)
+        if any(event.HasField("slots") for event in events):
+            took.put(len(events))
+
+    monkeypatch.setattr(service.links, "_take", note)
+    peer = service.client()
+    peer.next("welcome")
+    slots = [grid_pb2.FromArrayTask(slots=grid_pb2.Slots(slots=SLOTS))]
+    began_s = time.monotonic()
+    for _ in range(3):
+        peer.client.send(slots, urgent=False)
+        time.sleep(0.05)
+    assert took.empty()
+    peer.client.send(slots)
+    assert took.get(timeout=4) == 4
+    assert time.monotonic() - began_s < 4
+    monkeypatch.setattr(link, "_LINGER_S", 0.1)
+    peer.client.send(slots, urgent=False)
+    assert took.get(timeout=4) == 1
+
+
 def test_what_a_server_asks_after_it_came_back_is_kept_only_if_it_is_the_same(
     service: Service,
 ) -> None:

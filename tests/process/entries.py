@@ -360,6 +360,14 @@ def kill_self(number: int) -> None:
 
 
 @entry
+def kill_self_in(pid: int, number: int) -> int:
+    """Die if this is that process."""
+    if os.getpid() == pid:
+        os.kill(pid, number)
+    return os.getpid()
+
+
+@entry
 def hang(path: str) -> None:
     Path(path).write_text(str(os.getpid()))
     time.sleep(600)

@@ -180,6 +180,33 @@ def test_a_cancelled_kept_child_is_replaced(marker: Path) -> None:
         assert call(pool, "pid") != first
 
 
+def test_a_crash_of_a_kept_child_is_the_fits_only_if_a_fresh_one_crashes_too(
+    tmp_path: Path,
+) -> None:
+    with ChildPool(light(fits_per_process=0)) as pool:
+        first = call(pool, "pid")
+        second = call(pool, "kill_self_in", first, signal.SIGSEGV)
+        assert second != first
+        with pytest.raises(FitDied, match="SIGSEGV"):
+            call(pool, "kill_self", signal.SIGSEGV)
+        assert call(pool, "pid") not in (first, second)
+
+
+def test_a_successor_is_prepared_also_for_a_fit_that_has_ended_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with ChildPool(light(standby=True)) as pool:
+        prepare = pool._children.prepare_successor
+
+        def prepare_late(slot: Slot) -> None:
+            assert wait_until(lambda: not pool.children())
+            prepare(slot)
+
+        monkeypatch.setattr(pool._children, "prepare_successor", prepare_late)
+        call(pool, "pid")
+        assert wait_until(lambda: len(pool.children()) == 1)
+
+
 def test_many_cancels_at_any_moment_leave_nothing(token: str) -> None:
     with ChildPool(light(standby=True, prepare="entries:jitter")) as pool:
         for number in range(16):

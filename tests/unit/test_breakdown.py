@@ -100,6 +100,16 @@ def test_a_fit_from_before_counts_for_no_longer_than_it_was_held() -> None:
     assert (uses["start"], uses["run"], uses["lost"]) == (0.25, 0.75, 0.0)
 
 
+def test_a_fit_that_began_while_a_result_was_on_its_way_counts_whole() -> None:
+    account = SlotAccount()
+    # Two fits of one slot; both results came at 5.0, the first had been there since 2.5.
+    assert account.add(5.0, {"wait": 0.0, "start": 0.5, "run": 2.0, "return": 0.0}) == 2.5
+    assert account.add(0.0, {"wait": 0.0, "start": 0.5, "run": 1.5, "return": 0.0}) == 0.0
+    uses = account.lap(SlotSeconds(busy_s=5.0))
+    assert (uses["start"], uses["run"], uses["link"]) == (1.0, 3.5, 0.5)
+    assert sum(uses.values()) == 5.0
+
+
 # --- the report ----------------------------------------------------------------------------------
 
 
