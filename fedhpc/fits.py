@@ -244,7 +244,7 @@ class Fits:
             except OSError as error:
                 self._give_up(held, f"its result could not be read: {error}")
             else:
-                # While more fits wait here nobody does: the server has no work for this slot.
+                # Nobody waits for it while this slot finds its next fit here already.
                 self._link.send(events, urgent=not self._waiting)
 
     def _give_up(self, held: Held, reason: str) -> None:

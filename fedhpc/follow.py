@@ -16,7 +16,8 @@ from fedhpc.cluster import submission
 from fedhpc.errors import PlatformError
 from fedhpc.paths import RunPaths
 
-_PAUSE_S = 0.1
+_PAUSE_S = 0.2
+_LOCAL_PAUSE_S = 0.1  # no shared disk is asked
 _ASK_LOCAL_S = 1.0
 _FIRST_ASK_SLURM_S = 3.0
 _MAX_ASK_SLURM_S = 20.0
@@ -59,7 +60,7 @@ class Follower:
                 if status["state"] in run_state.ENDED:
                     self._show_log(status)
                     return status
-                time.sleep(_PAUSE_S)
+                time.sleep(_LOCAL_PAUSE_S if self._local else _PAUSE_S)
 
     def wait_for_processes(self, timeout_s: float) -> list[str]:
         """Wait until the processes of a local run are gone; return the roles that are not."""

@@ -63,7 +63,7 @@ def batches(kind: type[B], events: Iterable[Any]) -> Iterator[B]:
 
 
 @dataclass(frozen=True)
-class _Waiting:
+class _Outgoing:
     events: Iterator[Event]
     urgent: bool
 
@@ -96,7 +96,7 @@ class LinkClient:
         self.address = address
         self._waiting = waiting
         self._liveness_timeout_s = liveness_timeout_s
-        self._outgoing: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
         self.send([Event(hello=hello)])
         self._channel = grpc.secure_channel(
             address,
@@ -151,7 +151,7 @@ class LinkClient:
         urgent : bool
             Whether somebody waits for them. Others wait for more to go with them, up to 10 ms.
         """
-        self._outgoing.put(_Waiting(iter(events), urgent))
+        self._outgoing.put(_Outgoing(iter(events), urgent))
 
     def leave(self, reason: str) -> None:
         """Say goodbye, so that no fit is blamed for the end of the stream, and end it."""
@@ -174,7 +174,7 @@ class LinkClient:
             if waiting[-1] is None:
                 return
 
-    def _gather(self) -> list[_Waiting | None]:
+    def _gather(self) -> list[_Outgoing | None]:
         """Wait for messages; return all that there are, up to the None at the end."""
         found = [self._outgoing.get()]
         until_s = time.monotonic() + _LINGER_S

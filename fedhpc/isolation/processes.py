@@ -213,13 +213,20 @@ class ChildPool:
         nothing = {"wait_s": 0.0, "gpu_before_bytes": None}
         admitted: dict[str, Any] | None = None
         message = call.message(alone=alone, host_bytes=self._options.host_memory_bytes)
+
+        def begin(told: dict[str, Any]) -> None:
+            nonlocal admitted, deadline_s
+            admitted, child.waits_for = told, ""
+            deadline_s = time.monotonic() + call.timeout_s
+            if self._options.standby:  # not sooner: the fork takes a core
+                self._children.prepare_successor(call.slot)
+            if call.on_admitted is not None:
+                call.on_admitted(told["gpu_before_bytes"])
+
         try:
             channel.send(child.sock, message, call.buffers)
             if child.kept:  # it has its slot: a message less in each fit
-                admitted = nothing
-                deadline_s = time.monotonic() + call.timeout_s
-                if call.on_admitted is not None:
-                    call.on_admitted(None)
+                begin(nothing)
             while True:
                 child.sock.settimeout(max(0.001, deadline_s - time.monotonic()))
                 received = channel.receive(child.sock)
@@ -237,12 +244,7 @@ class ChildPool:
                         child.waits_for = answer["reason"]
                         logger.info("%s waits: %s", call.label or call.entry, answer["reason"])
                     case "admitted":
-                        admitted, child.waits_for = answer, ""
-                        deadline_s = time.monotonic() + call.timeout_s
-                        if self._options.standby:  # not sooner: the fork takes a core
-                            self._children.prepare_successor(call.slot)
-                        if call.on_admitted is not None:
-                            call.on_admitted(answer["gpu_before_bytes"])
+                        begin(answer)
                     case _:
                         # Without a slot it can only be an error.
                         return answer, fds, admitted or nothing
