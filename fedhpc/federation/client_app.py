@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, 
 from flwr.clientapp import ClientApp
 
 from fedhpc.federation.experiment import Experiment, open_experiment
+from fedhpc.federation.mapped import record_of
 from fedhpc.isolation.devices import device_of_this_child
 from fedhpc.learning import metrics, training
 from fedhpc.learning.data import Split
@@ -23,14 +24,14 @@ def train(message: Message, context: Context) -> Message:
     experiment = open_experiment(str(context.run_config["run-dir"]))
     device = device_of_this_child()
     (arrays_key, arrays), *_ = message.content.array_records.items()
-    model = experiment.model_with(arrays).to(device)
+    model = experiment.model_with(arrays)
     examples = experiment.examples(int(context.node_config["partition-id"]))
     epochs = experiment.config.training.epochs
     with experiment.determinism(device):
         measured = _train(experiment, model, examples, epochs, device, _proximal_mu(message))
     content = RecordDict(
         {
-            arrays_key: ArrayRecord(model.state_dict()),
+            arrays_key: record_of(model.state_dict()),
             "metrics": MetricRecord(
                 {"num-examples": len(examples.labels), "train_loss": measured["loss"]}
             ),

@@ -120,9 +120,16 @@ def records_from_bytes(data: bytes) -> RecordDict:
 
 
 def without_data(arrays: ArrayRecord) -> ArrayRecord:
-    """Return the same names, types and shapes, with no data."""
+    """Return the same names, types and shapes, with no data; others share it: do not change it."""
+    return _without_data(
+        tuple((key, a.dtype, tuple(a.shape), a.stype) for key, a in arrays.items())
+    )
+
+
+@lru_cache(maxsize=16)
+def _without_data(described: tuple[tuple[str, str, tuple[int, ...], str], ...]) -> ArrayRecord:
     return ArrayRecord(
-        {key: Array(a.dtype, tuple(a.shape), a.stype, b"") for key, a in arrays.items()}
+        {key: Array(dtype, shape, stype, b"") for key, dtype, shape, stype in described}
     )
 
 
@@ -131,6 +138,12 @@ def record_over(arrays: MutableMapping[str, Array]) -> ArrayRecord:
     record = ArrayRecord()
     record.__dict__["_data"] = arrays
     return record
+
+
+def mapping_in(record: ArrayRecord) -> MutableMapping[str, Array]:
+    """Return the mapping that a record holds its arrays in."""
+    found: MutableMapping[str, Array] = record.__dict__["_data"]
+    return found
 
 
 def skeleton_to_bytes(arrays: ArrayRecord) -> bytes:

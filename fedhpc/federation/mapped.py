@@ -2,12 +2,17 @@
 
 import io
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
-from typing import Any, NamedTuple, Self
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
-from flwr.app import Array
+from flwr.app import Array, ArrayRecord
 
 from fedhpc import files
+from fedhpc.federation import compat
+
+if TYPE_CHECKING:
+    import torch
 
 
 class Place(NamedTuple):
@@ -56,6 +61,14 @@ class MappedArrays(MutableMapping[str, Array]):
             if found is not None:
                 return found
         return MappedArray(self._places[name], self._blob, lambda array: self._set(name, array))
+
+    def layout(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return types and shapes of the arrays."""
+        changed = dict.fromkeys(self._places) if self._changed is None else self._changed
+        described: dict[str, Array | Place] = {
+            name: array or self._places[name] for name, array in changed.items()
+        }
+        return {name: (array.dtype, tuple(array.shape)) for name, array in described.items()}
 
     def __setitem__(self, name: str, array: Array) -> None:
         self._set(name, array)
@@ -110,8 +123,11 @@ class MappedArray(Array):
     def __init__(
         self, place: Place, blob: memoryview, on_change: Callable[["MappedArray"], None]
     ) -> None:
-        super().__init__(place.dtype, place.shape, place.stype, b"")
-        self.__dict__.update(_place=place, _blob=blob, _own=None, _on_change=on_change)
+        # Not by super().__init__(), whose checks take longer than to read a small array.
+        self.__dict__.update(
+            dtype=place.dtype, shape=place.shape, stype=place.stype,
+            _place=place, _blob=blob, _own=None, _on_change=on_change,
+        )  # fmt: skip
 
     @property
     def body(self) -> tuple[memoryview, str] | None:
@@ -141,8 +157,7 @@ class MappedArray(Array):
     @data.setter
     def data(self, data: bytes) -> None:
         self.__dict__["_own"] = data
-        if "_on_change" in self.__dict__:  # else it is being made
-            self.__dict__["_on_change"](self)
+        self.__dict__["_on_change"](self)
 
     def numpy(self) -> np.ndarray:
         """Return a copy of the data, as numpy."""
@@ -165,6 +180,28 @@ class MappedArray(Array):
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
 
+def layout_of(arrays: ArrayRecord) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return types and shapes of a record's arrays; those over a blob are not made for it."""
+    held = compat.mapping_in(arrays)
+    if isinstance(held, MappedArrays):
+        return held.layout()
+    return {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
+
+
+def record_of(state: Mapping[str, "torch.Tensor"]) -> ArrayRecord:
+    """Return what ``ArrayRecord(state)`` is, in a third of the time: that calls numpy.save."""
+    record = ArrayRecord()
+    for name, tensor in state.items():
+        values = tensor.detach().cpu().numpy()
+        if values.flags.c_contiguous:
+            data = b"".join((npy_header(values.dtype.str, values.shape), values.data))
+            record[name] = Array(str(values.dtype), values.shape, "numpy.ndarray", data)
+        else:
+            record[name] = Array(values)
+    return record
+
+
+@lru_cache(maxsize=1024)
 def npy_header(descr: str, shape: tuple[int, ...]) -> bytes:
     """Return what stands before the data of an array in C order in Flower's bytes of it."""
     out = io.BytesIO()

@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-from flwr.app import Array, RecordDict
+from flwr.app import Array, ArrayRecord, RecordDict
 
 from fedhpc.federation import compat
 from fedhpc.federation.cohort import Answer
+from fedhpc.federation.mapped import layout_of
 
 _Name = tuple[str, str]  # of a record, and of what is in it
 _Layout = dict[_Name, tuple[str, tuple[int, ...]]]  # types and shapes
@@ -93,7 +94,10 @@ def odd_ones_out(
     """
     odd: dict[int, str] = {}
     if arrays:
-        odd |= _odd_arrays([(_arrays_of(sent), _arrays_of(reply)) for sent, reply in pairs])
+        # Flower gives a cohort's messages the same content.
+        asked = {id(sent): sent for sent, _ in pairs}
+        layouts_sent = {key: _arrays_of(sent) for key, sent in asked.items()}
+        odd |= _odd_arrays([(layouts_sent[id(sent)], _arrays_of(reply)) for sent, reply in pairs])
     if metrics:
         layouts = {i: _metrics_of(reply) for i, (_, reply) in enumerate(pairs) if i not in odd}
         odd |= _differences(layouts, _majority(layouts), "metrics")
@@ -165,9 +169,10 @@ def _describe(layout: tuple[str, tuple[int, ...]]) -> str:
 
 def _arrays_of(records: RecordDict) -> _Layout:
     return {
-        (record, name): (array.dtype, tuple(array.shape))
-        for record, arrays in records.array_records.items()
-        for name, array in arrays.items()
+        (name, key): described
+        for name, arrays in records.items()
+        if isinstance(arrays, ArrayRecord)
+        for key, described in layout_of(arrays).items()
     }
 
 

@@ -24,6 +24,7 @@ from safetensors.numpy import load as load_safetensors
 
 from fedhpc import files
 from fedhpc.federation import compat, payload
+from fedhpc.federation.mapped import layout_of, record_of
 from fedhpc.federation.payload import (
     Blob,
     Encodings,
@@ -506,3 +507,30 @@ def test_the_fingerprint_is_of_what_is_asked_and_not_of_when() -> None:
     assert ask() == ask()
     others = [ask(step=2.0), ask(weight=2.0), ask(mine=2.0), ask(seed=2)]
     assert len({ask(), *others}) == 5
+
+
+def test_the_record_of_a_state_is_what_flower_makes_of_it() -> None:
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    state = {
+        **model.state_dict(),
+        "transposed": torch.arange(6.0).reshape(3, 2).t(),
+        "empty": torch.zeros(0, 3),
+        "flag": torch.tensor(True),
+    }
+    made, flowers = record_of(state), ArrayRecord(state)
+    assert list(made) == list(flowers)
+    for name, array in flowers.items():
+        assert made[name] == array
+        assert made[name].data == array.data
+
+
+def test_the_layout_of_mapped_arrays_is_that_of_the_arrays() -> None:
+    arrays = ArrayRecord({"a": Array(np.zeros((2, 3), "f4")), "b": Array(np.zeros(4, "i8"))})
+    over_blob = mapped(arrays)
+    expected = {"a": ("float32", (2, 3)), "b": ("int64", (4,))}
+    assert layout_of(arrays) == layout_of(over_blob) == expected
+    over_blob["b"] = Array(np.zeros((1, 2), "f8"))
+    del over_blob["a"]
+    assert layout_of(over_blob) == {"b": ("float64", (1, 2))}
+    over_blob.clear()
+    assert layout_of(over_blob) == {}
