@@ -25,15 +25,15 @@ import ctypes
 import gc
 import locale
 import os
+import re
 import resource
 import signal
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from fedhpc.isolation import cuda, host_memory
@@ -52,7 +52,10 @@ _SETTLE_S = 0.1  # a thread or process that was waited for may be listed a momen
 _MAX_SAID = 500
 _SIGNALS = range(1, signal.NSIG)
 _OF_LIBC = 0b11 << 31  # signals 32 and 33, which it catches as soon as it makes a thread
-_LIMITS = sorted(name for name in dir(resource) if name.startswith("RLIMIT_"))
+_LIMITS = {name: getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
+_STATUS = re.compile(
+    "^(RssAnon|RssShmem|Threads|Umask|SigBlk|SigIgn|SigCgt|Cpus_allowed_list):\t(.*)$", re.MULTILINE
+)
 
 # The getters of torch's global flags; those that this version does not have are left out.
 _TORCH = (
@@ -103,6 +106,7 @@ class Cleanliness:
         if self._resources is None:
             gc.freeze()
             self._resources = _Resources.read(own_files, exact=True)
+            self._resources.name_files()
         found = self._compare(own_files, exact=False)
         if not found:
             return []
@@ -152,20 +156,21 @@ class _Resources:
         for each core that it ran on) and as it finds them in the page table (milliseconds).
     threads : int
         Of any kind.
-    files : Counter
-        What is open, by what it is.
+    files : set of tuple
+        What is open: descriptor, device and inode.
     cuda : tuple of int
         Bytes of its GPU that torch has given out, and that it holds.
     """
 
     def __init__(
-        self, memory: int, exact_memory: int | None, threads: int, files: "Counter[str]",
-        cuda_bytes: tuple[int, int],
+        self, memory: int, exact_memory: int | None, threads: int,
+        files: set[tuple[int, int, int]], cuda_bytes: tuple[int, int],
     ) -> None:  # fmt: skip
         self.memory, self.exact_memory = memory, exact_memory
         self.threads = threads
         self.files = files
         self.cuda = cuda_bytes
+        self.file_names: Counter[str] | None = None
 
     @classmethod
     def read(
@@ -176,6 +181,12 @@ class _Resources:
         memory = sum(1024 * int(status[name].split()[0]) for name in ("RssAnon", "RssShmem"))
         exact_memory = host_memory.own_bytes() if exact else None
         return cls(memory, exact_memory, int(status["Threads"]), _open_files(own_files), held)
+
+    def name_files(self) -> "Counter[str]":
+        """Return what is open, by what it is; to be asked while it is open."""
+        if self.file_names is None:
+            self.file_names = _names_of(descriptor for descriptor, _, _ in self.files)
+        return self.file_names
 
     def growth(self, now: "_Resources") -> list[str]:
         """Return what there is more of ``now`` than is tolerated, in words."""
@@ -190,7 +201,8 @@ class _Resources:
                 found.append(f"GPU memory {what} by torch {was / MB:.0f} -> {is_now / MB:.0f} MB")
         if now.threads > self.threads:
             found.append(f"threads {self.threads} -> {now.threads}")
-        if more := now.files - self.files:
+        # A descriptor may have been closed, and its number be another file of the same name.
+        if not now.files <= self.files and (more := now.name_files() - self.name_files()):
             found.append(f"open files: {_names(more.elements())}")
         return found
 
@@ -202,7 +214,7 @@ def _difference(name: str, before: Any, now: Any) -> str:
     """Say how a setting differs. Of the environment only names: values may be secret."""
     if isinstance(before, dict) and isinstance(now, dict):
         changed = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-        return f"{name}: {_names(map(str, changed))}"
+        return f"{name}: {_names(os.fsdecode(key) for key in changed)}"
     if isinstance(before, tuple) and isinstance(now, tuple):
         changed = [str(item) for item in {*before} ^ {*now}]
         return f"{name}: {_names(changed) or 'another order'}"
@@ -225,12 +237,12 @@ def _status() -> dict[str, str]:
         text = os.read(descriptor, 65536).decode()
     finally:
         os.close(descriptor)
-    return dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    return dict(_STATUS.findall(text))
 
 
 def _process_settings(status: dict[str, str]) -> dict[str, Any]:
     try:
-        folder = str(Path.cwd())
+        folder = os.getcwd()  # noqa: PTH109  (it is read after each fit)
     except FileNotFoundError:
         folder = "a folder that is gone"
     masks = {name: int(status[name], 16) & ~_OF_LIBC for name in ("SigBlk", "SigIgn", "SigCgt")}
@@ -238,7 +250,7 @@ def _process_settings(status: dict[str, str]) -> dict[str, Any]:
     handlers = {n: signal.getsignal(n) for n in _SIGNALS if caught >> (n - 1) & 1}
     tiny = sys.float_info.min
     settings: dict[str, Any] = {
-        "environment": dict(os.environ),
+        "environment": os.environ._data.copy(),  # type: ignore[attr-defined]
         "working directory": folder,
         "umask": status["Umask"],
         "signal handlers": {
@@ -246,7 +258,7 @@ def _process_settings(status: dict[str, str]) -> dict[str, Any]:
             **masks,
         },
         "timer": signal.getitimer(signal.ITIMER_REAL)[0] > 0,
-        "resource limits": {name: resource.getrlimit(getattr(resource, name)) for name in _LIMITS},
+        "resource limits": {name: resource.getrlimit(n) for name, n in _LIMITS.items()},
         "cores": status["Cpus_allowed_list"],
         "priority": os.getpriority(os.PRIO_PROCESS, 0),
         "sys.path": tuple(sys.path),
@@ -267,14 +279,23 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _open_files(own: Collection[int]) -> "Counter[str]":
+def _open_files(own: Collection[int]) -> set[tuple[int, int, int]]:
+    """Return what is open; names would take four times as long."""
+    found = set()
+    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+        if (descriptor := int(name)) not in own:
+            with contextlib.suppress(OSError):  # the listing's own
+                status = os.fstat(descriptor)
+                found.add((descriptor, status.st_dev, status.st_ino))
+    return found
+
+
+def _names_of(descriptors: Iterable[int]) -> "Counter[str]":
     """Return what is open, by what it is: a path, or the kernel's name of a socket or pipe."""
     found: Counter[str] = Counter()
-    with os.scandir("/proc/self/fd") as listing:
-        for entry in listing:
-            if int(entry.name) not in own:
-                with contextlib.suppress(FileNotFoundError):
-                    found[os.readlink(entry.path)] += 1  # noqa: PTH115  (ten times as fast)
+    for descriptor in descriptors:
+        with contextlib.suppress(FileNotFoundError):
+            found[os.readlink(f"/proc/self/fd/{descriptor}")] += 1  # noqa: PTH115
     return found
 
 
