@@ -10,7 +10,6 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -62,12 +61,6 @@ def batches(kind: type[B], events: Iterable[Any]) -> Iterator[B]:
         yield batch
 
 
-@dataclass(frozen=True)
-class _Outgoing:
-    events: Iterator[Event]
-    urgent: bool
-
-
 class LinkClient:
     """One connection to the server.
 
@@ -96,7 +89,8 @@ class LinkClient:
         self.address = address
         self._waiting = waiting
         self._liveness_timeout_s = liveness_timeout_s
-        self._outgoing: queue.SimpleQueue[_Outgoing | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Iterator[Event] | None] = queue.SimpleQueue()
+        self._urgent = threading.Event()
         self.send([Event(hello=hello)])
         self._channel = grpc.secure_channel(
             address,
@@ -151,7 +145,9 @@ class LinkClient:
         urgent : bool
             Whether somebody waits for them. Others wait for more to go with them, up to 10 ms.
         """
-        self._outgoing.put(_Outgoing(iter(events), urgent))
+        self._outgoing.put(iter(events))
+        if urgent:
+            self._urgent.set()
 
     def leave(self, reason: str) -> None:
         """Say goodbye, so that no fit is blamed for the end of the stream, and end it."""
@@ -163,26 +159,26 @@ class LinkClient:
         """End the stream."""
         self._closed.set()
         self._outgoing.put(None)
+        self._urgent.set()
         self._call.cancel()
         self._channel.close()
 
     def _requests(self) -> Iterator[grid_pb2.BatchFromArrayTask]:
         while True:
             waiting = self._gather()
-            events = itertools.chain.from_iterable(one.events for one in waiting if one)
+            events = itertools.chain.from_iterable(one for one in waiting if one)
             yield from batches(grid_pb2.BatchFromArrayTask, events)
             if waiting[-1] is None:
                 return
 
-    def _gather(self) -> list[_Outgoing | None]:
+    def _gather(self) -> list[Iterator[Event] | None]:
         """Wait for messages; return all that there are, up to the None at the end."""
         found = [self._outgoing.get()]
-        until_s = time.monotonic() + _LINGER_S
+        self._urgent.wait(_LINGER_S)  # one wait, as each that comes meanwhile would wake it
+        self._urgent.clear()  # before what is urgent is taken: it is set when that is there
         with contextlib.suppress(queue.Empty):
-            while (last := found[-1]) is not None:
-                if last.urgent:
-                    until_s = 0.0
-                found.append(self._outgoing.get(timeout=max(0.0, until_s - time.monotonic())))
+            while found[-1] is not None:
+                found.append(self._outgoing.get_nowait())
         return found
 
     def _keep_alive(self) -> None:

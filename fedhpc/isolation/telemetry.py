@@ -126,7 +126,10 @@ class Sampler:
 
     def ended(self, usage: Usage, gone: threading.Event | None, **more: Any) -> None:
         """Note that a fit ended; its line is written when its process is ``gone``, if it goes."""
-        self._ended.put((usage, gone, more))
+        if gone is None and usage.gpu is None and any(self._pool.children().values()):
+            self._put_line(usage, None, more)  # nothing to wait for or to look at
+        else:
+            self._ended.put((usage, gone, more))
 
     def close(self) -> None:
         """Write what is left and stop."""
@@ -165,6 +168,9 @@ class Sampler:
             sample = self._sample()
             if usage.gpu is None:
                 after = sample["children_mb"]
+        self._put_line(usage, after, more)
+
+    def _put_line(self, usage: Usage, after: float | None, more: dict[str, Any]) -> None:
         times = {"began_s": usage.began_s, "ended_s": self._now_s()}
         memory = {"before_mb": usage.before_mb, "after_mb": after}
         self._lines.put({"kind": "fit", **usage.about, **times, **memory, **more})
