@@ -116,7 +116,7 @@ def main() -> None:
             for buffers in itertools.islice(itertools.cycle(messages(run_dir)), options.fits):
                 fds = [channel.write_memory([buffer]) for buffer in buffers]
                 reply = pool.run("kept_process:fit", fds, slot=Slot(0), timeout_s=120)
-                seen.append(json.loads(bytes(channel.map_file(reply.buffers[0]))))
+                seen.append(json.loads(bytes(channel.view(reply.buffers[0]))))
                 channel.close_all(fds)
                 reply.close()
     first, rest = seen[0], seen[1:]

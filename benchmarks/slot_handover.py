@@ -90,7 +90,7 @@ class Calls:
         for _ in range(count):
             fd = channel.write_memory([json.dumps([str(self._stamps), self._train_s]).encode()])
             reply = pool.run("slot_handover:train", [fd], slot=slot, timeout_s=120)
-            entered_s, returned_s = json.loads(bytes(channel.map_file(reply.buffers[0])))
+            entered_s, returned_s = json.loads(bytes(channel.view(reply.buffers[0])))
             channel.close_all([fd])
             reply.close()
             self.entered_s.append(entered_s)

@@ -2,10 +2,10 @@
 
 import contextlib
 import logging
-import queue
 import threading
+import time
 import traceback
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 
 from fedhpc.config import Config
@@ -22,10 +22,11 @@ from fedhpc.errors import (
 from fedhpc.federation import grid_pb2, message_ids
 from fedhpc.federation.link import LinkClient
 from fedhpc.held import Held, InputsGone, LinkBlobs, Result, failure, fit_of, mb
-from fedhpc.isolation import ChildPool, Need, Slot, channel
+from fedhpc.isolation import Ahead, ChildPool, Need, Slot, channel
 from fedhpc.isolation.peaks import Peaks
 from fedhpc.isolation.telemetry import Sampler, Usage
 from fedhpc.paths import RunPaths
+from fedhpc.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -69,11 +70,7 @@ class Fits:
         self._on_useless = on_useless
         self._peaks = Peaks(paths.peaks)
         self._lock = threading.Lock()
-        self._waiting: deque[Held] = deque()  # ahead of their turn: every slot is busy
-        self._idle: dict[int, Slot] = {}
-        self._given_to: dict[int, queue.SimpleQueue[Held]] = {
-            slot.index: queue.SimpleQueue() for slot in slots
-        }
+        self._turns = Turns(slots, binds_ahead=settings.isolation.fits_per_process != 1)
         self._held: dict[str, Held] = {}
         self._fits = 0
         self._returns: dict[str, str] = {}  # fits to hand back, and why, where no link was there
@@ -144,7 +141,7 @@ class Fits:
             self._fits += 1
             tag = f"{work.message_id} #{self._fits}"
             held = self._held[work.message_id] = Held(work, tag, self._blobs.open(work))
-            self._give(held)
+            self._turns.give(held)
 
     def _keep(self, message_id: str) -> None:
         """Let the server have the result of a fit from before, as soon as it is there."""
@@ -170,34 +167,22 @@ class Fits:
 
     # --- slots ---
 
-    def _give(self, held: Held) -> None:
-        """Give a fit to the slot that is free for longest, on the GPU that has fewest; locked."""
-        busy = Counter(
-            gpu for slot in self._slots if slot.index not in self._idle for gpu in slot.gpus
-        )
-        if free := [slot for slot in self._idle.values() if slot in self._slots]:
-            slot = min(free, key=lambda slot: sum(busy[gpu] for gpu in slot.gpus))
-            del self._idle[slot.index]
-            self._given_to[slot.index].put(held)
-        else:
-            self._waiting.append(held)
-
     def _next(self, slot: Slot) -> Held | None:
         """Wait for the next fit of a slot; None if its GPU is lost."""
-        with self._lock:
-            if slot not in self._slots:
-                return None
-            if self._waiting:
-                return self._waiting.popleft()
-            self._idle[slot.index] = slot
-        return self._given_to[slot.index].get()
+        if not self._turns.has_next(slot):
+            # What its child has ahead was cancelled, or is another slot's by now.
+            self._pool.pass_over(slot)
+        return self._turns.next(slot)
 
     def _work_in(self, slot: Slot) -> None:
         while (held := self._next(slot)) is not None:
+            took_s: float | None = None
             try:
                 if not self._is_held(held):
-                    continue  # cancelled while it waited
+                    continue
+                began_s = time.monotonic()
                 result = self._run(held, slot)
+                took_s = time.monotonic() - began_s
             except GpuLost as error:
                 self._lose(slot, held, error)
                 continue
@@ -209,14 +194,16 @@ class Fits:
             except FitCancelled:
                 continue
             finally:
-                channel.close_all(held.inputs.values())
+                self._turns.ended(slot, took_s)
+                held.close_inputs()
             with self._lock:
                 if self._held.get(held.work.message_id) is not held:
                     result.close()
                     continue
                 held.result = result
                 if held.wanted:
-                    self._send(held, result)
+                    # Nobody waits for it while this slot finds its next fit here already.
+                    self._send(held, result, urgent=not self._turns.has_next(slot))
 
     def _capacity(self) -> int:
         """See `capacity`; the lock is held."""
@@ -236,7 +223,7 @@ class Fits:
             slots = grid_pb2.Slots(slots=self._capacity())
             self._link.send([grid_pb2.FromArrayTask(slots=slots)])
 
-    def _send(self, held: Held, result: Result) -> None:
+    def _send(self, held: Held, result: Result, *, urgent: bool = True) -> None:
         """Send a result; the lock is held."""
         if self._link is not None:
             try:
@@ -244,8 +231,7 @@ class Fits:
             except OSError as error:
                 self._give_up(held, f"its result could not be read: {error}")
             else:
-                # Nobody waits for it while this slot finds its next fit here already.
-                self._link.send(events, urgent=not self._waiting)
+                self._link.send(events, urgent=urgent)
 
     def _give_up(self, held: Held, reason: str) -> None:
         """Let another array task have a fit, unless it was cancelled; the lock is held."""
@@ -267,7 +253,8 @@ class Fits:
         """Give up the slots of a GPU, and hand the fit back that was to run there."""
         logger.error("%s", error)
         with self._lock:
-            self._slots = [other for other in self._slots if not set(other.gpus) & set(slot.gpus)]
+            lost = [other for other in self._slots if set(other.gpus) & set(slot.gpus)]
+            self._slots = self._turns.lose(lost)
             self._send_capacity()
             self._give_up(held, error.message)
             useless = not self._slots
@@ -278,10 +265,9 @@ class Fits:
 
     def _run(self, held: Held, slot: Slot) -> Result:
         """Run a fit; what goes wrong is a result too, unless the fit can run again or elsewhere."""
-        work, fds = held.work, []
+        work = held.work
         try:
-            fds = held.open_inputs(self._paths)
-            return self._run_again(held, fds, slot)
+            return self._run_again(held, held.open_inputs(self._paths), slot)
         except (GpuLost, FitCancelled, InputsGone):
             raise
         except FitFailed as error:
@@ -293,16 +279,14 @@ class Fits:
         except Exception as error:
             text = traceback.format_exc()
             return failure(work, slot, f"{type(error).__name__}: {error}", text)
-        finally:
-            channel.close_all(fds)
 
-    def _run_again(self, held: Held, fds: list[int], slot: Slot) -> Result:
+    def _run_again(self, held: Held, buffers: list[channel.Buffer], slot: Slot) -> Result:
         """Run a fit, and again if somebody else killed it."""
         tries_left = _TRIES
         while True:
             tries_left -= 1
             try:
-                return self._try(held, fds, slot)
+                return self._try(held, buffers, slot)
             except (ForkServerDied, FitKilled) as error:
                 if isinstance(error, FitKilled) and error.for_memory:
                     tries_left = min(tries_left, _TRIES_WITHOUT_MEMORY - 1)
@@ -315,7 +299,7 @@ class Fits:
         with self._lock:
             return self._held.get(held.work.message_id) is held
 
-    def _try(self, held: Held, fds: list[int], slot: Slot) -> Result:
+    def _try(self, held: Held, buffers: list[channel.Buffer], slot: Slot) -> Result:
         parts = message_ids.read(held.work.message_id)
         kind = self._kind_of(parts.verb)
         usages: list[Usage] = []
@@ -331,6 +315,7 @@ class Fits:
                 "gpu": gpu and gpu.id,
             }
             usages.append(self._sampler.began(about, gpu, before_bytes))
+            self._turns.began(slot)
             if not self._is_held(held):  # cancelled while there was no child of its
                 self._pool.cancel(held.tag)
 
@@ -339,16 +324,17 @@ class Fits:
         try:
             reply = self._pool.run(
                 f"{FIT}:run",
-                fds,
+                buffers,
                 slot=slot,
                 timeout_s=self._config.isolation.fit_timeout_s,
                 slot_timeout_s=self._config.isolation.slot_timeout_s,
                 tag=held.tag,
                 label=f"{self._paths.run_id}, {parts.verb} of client {parts.client_id}",
-                need=self._given or (lambda: self._peaks.need(kind)),
+                need=self._given or self._need_of(kind),
                 # A fit without neighbours may use more than those before it did.
                 capped=self._given is not None or slot.limit > 1,
                 on_admitted=begin,
+                following=self._bind_ahead(slot),
             )
             gone = reply.gone
             peak_mb = mb(reply.gpu_peak_bytes) if gpu else reply.peak_rss_mb
@@ -362,10 +348,26 @@ class Fits:
                 self._sampler.ended(usages[-1], gone, **more)
         if reply.gpu_peak_bytes:
             self._learn(kind, reply.gpu_peak_bytes, reply.gpu_context_bytes)
-        message = grid_pb2.Result.FromString(bytes(channel.map_file(reply.buffers[0])))
+        message = grid_pb2.Result.FromString(bytes(channel.view(reply.buffers[0])))
         channel.close_all(reply.buffers[:1])
         message.fit.CopyFrom(fit_of(reply, slot))
         return Result(message, reply.buffers[1:])
+
+    def _bind_ahead(self, slot: Slot) -> list[Ahead]:
+        """Return the calls that will follow in a slot, as far as they are known."""
+        calls = []
+        for held in self._turns.bind_ahead(slot):
+            try:
+                buffers = held.open_inputs(self._paths)
+            except InputsGone:
+                break  # it is told when its turn comes
+            verb = message_ids.read(held.work.message_id).verb
+            calls.append(Ahead(held.tag, tuple(buffers), self._need_of(self._kind_of(verb))))
+        return calls
+
+    def _need_of(self, kind: str) -> Callable[[], Need | None]:
+        """Return what tells the GPU memory that fits of a kind need, as far as it is known."""
+        return lambda: self._given or self._peaks.need(kind)
 
     def _kind_of(self, verb: str) -> str:
         """Return the kind of a fit: those alike need about the same GPU memory."""

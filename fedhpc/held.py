@@ -16,17 +16,20 @@ class InputsGone(PlatformError):
     """The arrays of a fit are not to be had here; its client is not to blame."""
 
 
+_SMALL = channel.MAX_INLINE // 2  # bytes of a blob
+
+
 @dataclass(frozen=True)
 class Result:
     """A fit's result, with the memory of its blobs."""
 
     message: grid_pb2.Result
-    blobs: list[int] = field(default_factory=list)
+    blobs: list[channel.Buffer] = field(default_factory=list)
 
     def events(self) -> Iterator[grid_pb2.FromArrayTask]:
         """Return what to send; it stays valid when the result is forgotten meanwhile."""
         digests = [blob.digest for blob in self.message.blobs if not blob.in_file]
-        views = [channel.map_file(fd) for fd in self.blobs]
+        views = [channel.view(blob) for blob in self.blobs]
         return self._events(list(zip(digests, views, strict=True)))
 
     def _events(self, blobs: list[tuple[str, memoryview]]) -> Iterator[grid_pb2.FromArrayTask]:
@@ -60,7 +63,7 @@ class Held:
     tag : str
         Of this fit and no other one of the same message.
     inputs : dict
-        Descriptors of the blobs that came over the link, by digest, until the fit takes them.
+        The blobs that came over the link, by digest.
     wanted : bool
         Whether the server that is connected wants the result: one that came back may not, or not
         yet.
@@ -70,54 +73,82 @@ class Held:
 
     work: grid_pb2.Work
     tag: str
-    inputs: dict[str, int]
+    inputs: dict[str, channel.Buffer]
     wanted: bool = True
     result: Result | None = None
+    _opened: list[channel.Buffer] = field(default_factory=list)
 
-    def open_inputs(self, paths: RunPaths) -> list[int]:
-        """Return descriptors of the request and its blobs, for the caller to close.
+    def open_inputs(self, paths: RunPaths) -> list[channel.Buffer]:
+        """Return the request and its blobs; what is a descriptor is open until `close_inputs`.
 
         Raises
         ------
         InputsGone
             If a blob is not there.
         """
-        fds = [channel.write_memory([self.work.SerializeToString()])]
+        if self._opened:
+            return self._opened
+        buffers: list[channel.Buffer] = [self.work.SerializeToString()]
         try:
             for blob in self.work.blobs:
                 if blob.in_file:
-                    fds.append(files.open_whole(paths.blob(blob.digest), blob.size))
+                    buffers.append(files.open_whole(paths.blob(blob.digest), blob.size))
                 else:
-                    fds.append(self.inputs.pop(blob.digest))
+                    buffers.append(self.inputs.pop(blob.digest))
         except (KeyError, PlatformError, OSError) as error:
-            channel.close_all(fds)
+            channel.close_all(buffers)
             raise InputsGone(f"the arrays of {self.work.message_id} are gone: {error}") from error
-        return fds
+        room = channel.MAX_INLINE
+        for i, buffer in enumerate(buffers):
+            if isinstance(buffer, int):
+                continue
+            if len(buffer) <= room:
+                room -= len(buffer)
+            else:
+                buffers[i] = channel.write_memory([buffer])
+        self._opened = buffers
+        return buffers
+
+    def close_inputs(self) -> None:
+        """Give the memory of what it needs back."""
+        channel.close_all([*self._opened, *self.inputs.values()])
+        self._opened = []
+        self.inputs.clear()
 
 
 class LinkBlobs:
-    """The blobs that came over a link, in memory that every child can map."""
+    """The blobs that came over a link; large ones in memory that every child can map."""
 
     def __init__(self) -> None:
-        self._whole: dict[str, int] = {}
-        self._incoming: dict[str, int] = {}
+        self._whole: dict[str, channel.Buffer] = {}
+        self._incoming: dict[str, int | bytearray] = {}
 
     def take(self, chunk: grid_pb2.Chunk) -> None:
         """Take a part of a blob."""
-        fd = self._incoming.get(chunk.digest)
-        if fd is None:
-            fd = self._incoming[chunk.digest] = os.memfd_create(
-                "fedhpc", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+        buffer = self._incoming.get(chunk.digest)
+        if buffer is None:
+            buffer = self._incoming[chunk.digest] = (
+                bytearray()
+                if chunk.size <= _SMALL
+                else os.memfd_create("fedhpc", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
             )
-        channel.append_memory(fd, chunk.data)
+        if isinstance(buffer, int):
+            channel.append_memory(buffer, chunk.data)
+        else:
+            buffer += chunk.data
         if chunk.offset + len(chunk.data) == chunk.size:
-            channel.seal_memory(fd)
+            if isinstance(buffer, int):
+                channel.seal_memory(buffer)
             self._whole[chunk.digest] = self._incoming.pop(chunk.digest)
 
-    def open(self, work: grid_pb2.Work) -> dict[str, int]:
-        """Return new descriptors of a fit's blobs by digest, but for those that are not there."""
-        here = [blob.digest for blob in work.blobs if blob.digest in self._whole]
-        return {digest: os.dup(self._whole[digest]) for digest in here}
+    def open(self, work: grid_pb2.Work) -> dict[str, channel.Buffer]:
+        """Return a fit's blobs by digest, but for those that are not there; it closes them."""
+        here = {blob.digest: self._whole.get(blob.digest) for blob in work.blobs}
+        return {
+            digest: os.dup(blob) if isinstance(blob, int) else blob
+            for digest, blob in here.items()
+            if blob is not None
+        }
 
     def release(self, digests: list[str]) -> None:
         """Forget blobs."""

@@ -144,7 +144,7 @@ def child(pool: ChildPool, slot: Slot) -> str:
         found, _, hint = error.message.removeprefix(_ITS_NAME).partition("\n  Hint: ")
         hint = hint or "is this torch whole, and built for this GPU and driver? see cluster.python"
         raise PlatformError(found, hint) from error
-    found = bytes(channel.map_file(reply.buffers[0])).decode()
+    found = bytes(channel.view(reply.buffers[0])).decode()
     reply.close()
     return f"{found}, ready in {time.monotonic() - start_s:.1f} s"
 

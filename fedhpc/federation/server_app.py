@@ -110,6 +110,6 @@ class _Model:
         finally:
             channel.close_all(fds)
         try:
-            return [channel.map_file(fd) for fd in reply.buffers]
+            return [channel.view(buffer) for buffer in reply.buffers]
         finally:
             reply.close()

@@ -5,13 +5,14 @@ nvidia-ml-py only to share the memory of GPUs.
 """
 
 from fedhpc.isolation.admission import Need
-from fedhpc.isolation.calls import PoolOptions, Reply
+from fedhpc.isolation.calls import Ahead, PoolOptions, Reply
 from fedhpc.isolation.devices import allotted_gpus
 from fedhpc.isolation.nvml import Gpu, Nvml
 from fedhpc.isolation.processes import ChildPool
 from fedhpc.isolation.slots import Slot, cpu_slots, gpu_slots
 
 __all__ = [
+    "Ahead",
     "ChildPool",
     "Gpu",
     "Need",

@@ -113,6 +113,25 @@ class PoolOptions:
 
 
 @dataclass(frozen=True)
+class Ahead:
+    """A call of the same function that will follow in the same slot.
+
+    Attributes
+    ----------
+    tag : str
+        Which call it will be: no other one of the slot has it.
+    buffers : sequence
+        See `Call`.
+    need : callable
+        See `Call`.
+    """
+
+    tag: str
+    buffers: tuple[channel.Buffer, ...]
+    need: Callable[[], Need | None] = lambda: None
+
+
+@dataclass(frozen=True)
 class Call:
     """A call, and what it may take.
 
@@ -121,8 +140,9 @@ class Call:
     entry : str
         "module:function". It is called with one memoryview a buffer, and returns a sequence of at
         most 250 buffers, each a sequence of bytes-like parts.
-    buffers : sequence of int
-        Descriptors of at most 250 memfds or files; the caller keeps and closes them.
+    buffers : sequence
+        At most 250. Descriptors of memfds or files, which the caller keeps and closes, or bytes: at
+        most 64 KiB in all.
     slot : Slot
         Where it runs. One call at a time in each slot of a pool.
     timeout_s : float
@@ -141,10 +161,12 @@ class Call:
         Whether torch is held to the need.
     on_admitted : callable, optional
         Called when it has its slot, with the bytes in use on its GPU just before, where known.
+    following : sequence of Ahead
+        What a kept child may have already, to begin with it as soon as it has answered this call.
     """
 
     entry: str
-    buffers: tuple[int, ...]
+    buffers: tuple[channel.Buffer, ...]
     slot: Slot
     timeout_s: float
     slot_timeout_s: float
@@ -153,12 +175,13 @@ class Call:
     need: Callable[[], Need | None] = lambda: None
     capped: bool = True
     on_admitted: Callable[[int | None], None] | None = None
+    following: tuple[Ahead, ...] = ()
 
     def message(self, *, alone: bool, host_bytes: int | None) -> dict[str, Any]:
         """Return what the child is told."""
         slot, request = self.slot, None
         if slot.lock_folder is not None:
-            request = asdict(
+            request = vars(
                 Request(
                     folder=str(slot.lock_folder),
                     key=slot.lock_key,
@@ -186,14 +209,15 @@ class Reply:
 
     Attributes
     ----------
-    buffers : list of int
-        Descriptors of memfds, one for each buffer that the function returned. The receiver closes
-        them (`close`).
+    buffers : list
+        One for each buffer that the function returned: bytes if it is small, else the descriptor of
+        a memfd (`channel.view` reads either). The receiver closes them (`close`).
     wait_s : float
         Seconds that it waited for its slot, and for memory.
     start_s, run_s, return_s : float
         Seconds from the call until the function was entered (the wait excepted), inside it, and
-        until its reply arrived.
+        until its reply arrived. Of a child that has calls ahead they are those of the child: from
+        its last answer, and until it could go on to the next call.
     peak_rss_mb : float
         Highest resident memory of the child, shared pages of the fork server included.
     late_imports : list of str
@@ -212,7 +236,7 @@ class Reply:
         Set when its process is gone; None: the process is kept.
     """
 
-    buffers: list[int]
+    buffers: list[channel.Buffer]
     wait_s: float
     start_s: float
     run_s: float

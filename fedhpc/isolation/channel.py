@@ -1,8 +1,9 @@
 """Small messages with file descriptors over Unix sockets, large data in anonymous memory.
 
 A message is one datagram of a SOCK_SEQPACKET pair: a JSON object, with any number of file
-descriptors attached. Large data never passes through the socket: it lies in a memfd, which has no
-name, so nothing is left behind whoever dies, and which both sides map without a copy.
+descriptors attached, and bytes behind it. Large data never passes through the socket: it lies in a
+memfd, which has no name, so nothing is left behind whoever dies, and which both sides map without a
+copy. To make and map one takes longer than to copy a few pages, so small data goes as bytes.
 """
 
 import contextlib
@@ -13,12 +14,24 @@ import mmap
 import os
 import socket
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-MAX_MESSAGE = 128 * 1024
+MAX_MESSAGE = 192 * 1024  # a socket takes 212,992 bytes
+MAX_INLINE = 64 * 1024  # of it, behind the JSON
 MAX_FDS = 250  # the kernel's SCM_MAX_FD is 253
 
 BytesLike = bytes | bytearray | memoryview
+Buffer = int | BytesLike  # a descriptor, or small data itself
+
+_PREFIX = 4  # bytes: how long the JSON is
+
+
+class Received(NamedTuple):
+    """A message, and what came with it."""
+
+    message: dict[str, Any]
+    fds: list[int]
+    inline: memoryview
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -26,19 +39,36 @@ def pair() -> tuple[socket.socket, socket.socket]:
     return socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
 
-def send(sock: socket.socket, message: dict[str, Any], fds: Sequence[int] = ()) -> None:
+def send(
+    sock: socket.socket,
+    message: dict[str, Any],
+    fds: Sequence[int] = (),
+    inline: Iterable[BytesLike] = (),
+) -> None:
     """Send one message; the receiver gets its own copies of ``fds``.
+
+    Parameters
+    ----------
+    sock : socket
+        Of a `pair`.
+    message : dict
+        With ``inline`` at most `MAX_MESSAGE` bytes.
+    fds : sequence of int
+        At most `MAX_FDS` descriptors.
+    inline : iterable of bytes-like
+        At most `MAX_INLINE` bytes.
 
     Raises
     ------
     OSError
         If the other side is gone.
     """
-    socket.send_fds(sock, [json.dumps(message).encode()], list(fds))
+    text = json.dumps(message).encode()
+    socket.send_fds(sock, [len(text).to_bytes(_PREFIX, "little"), text, *inline], list(fds))
 
 
-def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
-    """Receive one message and its file descriptors; None if the other side is gone.
+def receive(sock: socket.socket) -> Received | None:
+    """Receive one message; None if the other side is gone.
 
     Raises
     ------
@@ -46,7 +76,7 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
         If the socket has a timeout and nothing came within it.
     """
     try:
-        data, fds, flags, _ = socket.recv_fds(sock, MAX_MESSAGE, MAX_FDS, socket.MSG_CMSG_CLOEXEC)
+        data, fds, flags, _ = _receive(sock)
     except ConnectionError:
         return None
     if not data:
@@ -54,7 +84,43 @@ def receive(sock: socket.socket) -> tuple[dict[str, Any], list[int]] | None:
     if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
         close_all(fds)
         raise OSError(errno.EMFILE, "no file descriptor is left for a buffer")
-    return json.loads(data), list(fds)
+    end = _PREFIX + int.from_bytes(data[:_PREFIX], "little")
+    return Received(json.loads(data[_PREFIX:end]), list(fds), memoryview(data)[end:])
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, list[int], int, Any]:
+    size, flags = _PREFIX + MAX_MESSAGE, socket.MSG_CMSG_CLOEXEC
+    try:
+        return socket.recv_fds(sock, size, MAX_FDS, flags)
+    except ConnectionResetError:
+        # The kernel tells first that the other side ended without reading all, and only then what
+        # that side had sent.
+        return socket.recv_fds(sock, size, MAX_FDS, flags)
+
+
+def describe(buffers: Iterable[Buffer]) -> list[int]:
+    """Return for each buffer how much of a message's inline data it is; -1: a descriptor."""
+    return [-1 if isinstance(buffer, int) else len(buffer) for buffer in buffers]
+
+
+def buffers_of(received: Received) -> list[Buffer]:
+    """Return the buffers that came with a message whose "buffers" are what `describe` returned."""
+    found: list[Buffer] = []
+    left, start = iter(received.fds), 0
+    for size in received.message["buffers"]:
+        found.append(next(left) if size < 0 else received.inline[start : start + size])
+        start += max(size, 0)
+    return found
+
+
+def descriptors(buffers: Iterable[Buffer]) -> list[int]:
+    """Return the buffers that are descriptors."""
+    return [buffer for buffer in buffers if isinstance(buffer, int)]
+
+
+def inline_data(buffers: Iterable[Buffer]) -> list[BytesLike]:
+    """Return the buffers that are data themselves."""
+    return [buffer for buffer in buffers if not isinstance(buffer, int)]
 
 
 def write_memory(parts: Iterable[BytesLike]) -> int:
@@ -87,6 +153,11 @@ def seal_memory(fd: int) -> None:
     fcntl.fcntl(fd, fcntl.F_ADD_SEALS, seals)
 
 
+def view(buffer: Buffer) -> memoryview:
+    """Return the data of a buffer, read-only; a descriptor may be closed after it."""
+    return map_file(buffer) if isinstance(buffer, int) else memoryview(buffer).toreadonly()
+
+
 def map_file(fd: int) -> memoryview:
     """Map a memfd or a file, read-only, without a copy; the descriptor may be closed after it."""
     size = os.fstat(fd).st_size
@@ -95,8 +166,8 @@ def map_file(fd: int) -> memoryview:
     return memoryview(mmap.mmap(fd, size, prot=mmap.PROT_READ, flags=mmap.MAP_PRIVATE))
 
 
-def close_all(fds: Iterable[int]) -> None:
-    """Close descriptors."""
-    for fd in fds:
+def close_all(buffers: Iterable[Buffer]) -> None:
+    """Close those buffers that are descriptors."""
+    for fd in descriptors(buffers):
         with contextlib.suppress(OSError):
             os.close(fd)

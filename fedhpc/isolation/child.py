@@ -10,6 +10,7 @@ import socket
 import sys
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def main() -> None:
     code = 1
     try:
         received = channel.receive(sock)
-        code = 0 if received is None else Child(sock, received[0]).serve()
+        code = 0 if received is None else Child(sock, received.message).serve()
     except BaseException:
         sys.excepthook(*sys.exc_info())
     finally:
@@ -49,6 +50,9 @@ def leave(code: int) -> None:
         with contextlib.suppress(Exception):
             stream.flush()
     os._exit(code)
+
+
+_Call = tuple[dict[str, Any], list[channel.Buffer]]
 
 
 class Child:
@@ -77,6 +81,7 @@ class Child:
         self._limited = False
         self._cleanliness: Cleanliness | None = None
         self._done = 0
+        self._calls: deque[_Call] = deque()  # ahead of their turn
 
     def serve(self) -> int:
         """Serve and return the exit code."""
@@ -90,7 +95,7 @@ class Child:
                 return EXIT_CUDA_BEFORE_SLOT
         while (received := self._next_call()) is not None:
             self._done += 1
-            reply, reply_fds = self._answer(*received)
+            reply, buffers = self._answer(*received)
             late = preloading.imported_since(modules_at_start)
             reply["late_imports"] = late[:_MAX_LATE_IMPORTS]
             if late and self._options["learn"] and "error" not in reply:
@@ -107,45 +112,54 @@ class Child:
                 or ("error" in reply and (cuda.is_initialised() or self._proves_itself()))
                 or self._is_in_the_way()
             )
-            if not last and (changes := self._changes(reply_fds)):
-                reply["replaced"] = changes
-                last = True
+            last = last or self._has_changed(reply, buffers)
             reply["last"] = last
             if last:
                 self._release_cores()
+            reply["buffers"] = channel.describe(buffers)
+            reply["answered_s"] = time.monotonic()
+            fds, inline = channel.descriptors(buffers), channel.inline_data(buffers)
             try:
-                channel.send(self._sock, reply, reply_fds)
+                channel.send(self._sock, reply, fds, inline)
             except ConnectionError:
                 break
             finally:
-                channel.close_all(reply_fds)
+                channel.close_all(fds)
             if last:
                 break
         return 0
 
     # --- between calls ---
 
-    def _next_call(self) -> tuple[dict[str, Any], list[int]] | None:
+    def _next_call(self) -> _Call | None:
         """Wait for a call; None when it is time to leave."""
+        if self._calls:
+            return self._calls.popleft()
         if self._done:
             end_s = time.monotonic() + _IDLE_TIMEOUT_S
             while not select.select([self._sock], [], [], _IDLE_LOOK_S)[0]:
                 if self._is_in_the_way() or time.monotonic() > end_s:
                     return None
-        return channel.receive(self._sock)
+        received = channel.receive(self._sock)
+        return None if received is None else _call_of(received)
 
     def _proves_itself(self) -> bool:
         """Return whether it is to be kept only as long as it is clean."""
         return bool(self._options["fits"] == "auto")
 
-    def _changes(self, reply_fds: list[int]) -> str:
-        """Return why this process is not to be used again, in words; "" if it may be."""
+    def _has_changed(self, reply: dict[str, Any], buffers: list[channel.Buffer]) -> bool:
+        """Return whether this process is not to be used again; why is told with the reply."""
         if self._cleanliness is None:
-            return ""
+            return False
+        known = [buffers, *(of for _, of in self._calls)]
+        own = {fd for of in known for fd in channel.descriptors(of)}
         try:
-            return _clip("; ".join(self._cleanliness.changes(reply_fds)), _MAX_ERROR)
+            changes = _clip("; ".join(self._cleanliness.changes(own)), _MAX_ERROR)
         except Exception as error:  # what cannot be proven is not so
-            return f"it could not be looked at: {type(error).__name__}: {error}"
+            changes = f"it could not be looked at: {type(error).__name__}: {error}"
+        if changes:
+            reply["replaced"] = changes
+        return bool(changes)
 
     def _is_in_the_way(self) -> bool:
         """Return whether somebody waits for the slot that this process would keep.
@@ -164,11 +178,13 @@ class Child:
 
     # --- a call ---
 
-    def _answer(self, call: dict[str, Any], fds: list[int]) -> tuple[dict[str, Any], list[int]]:
-        reply_fds: list[int] = []
+    def _answer(
+        self, call: dict[str, Any], buffers: list[channel.Buffer]
+    ) -> tuple[dict[str, Any], list[channel.Buffer]]:
+        reply_buffers: list[channel.Buffer] = []
         try:
-            buffers = [channel.map_file(fd) for fd in fds]
-            channel.close_all(fds)
+            views = [channel.view(buffer) for buffer in buffers]
+            channel.close_all(buffers)
             try:
                 wait_s = self._take_slot(call)
             except PlatformError as error:  # a lock file that cannot be used
@@ -183,17 +199,21 @@ class Child:
             if self._proves_itself() and self._cleanliness is None:
                 self._cleanliness = Cleanliness()
             entered_s = time.monotonic()
-            results = function(*buffers)
+            results = function(*views)
             returned_s = time.monotonic()
+            room = channel.MAX_INLINE
             for parts in results:
-                reply_fds.append(channel.write_memory(parts))
-            if len(reply_fds) > channel.MAX_FDS:
+                size = sum(memoryview(part).nbytes for part in parts)
+                is_small = size <= room
+                room -= size if is_small else 0
+                reply_buffers.append(b"".join(parts) if is_small else channel.write_memory(parts))
+            if len(reply_buffers) > channel.MAX_FDS:
                 raise ValueError(
-                    f"{call['entry']} returned {len(reply_fds)} buffers,"
+                    f"{call['entry']} returned {len(reply_buffers)} buffers,"
                     f" expected at most {channel.MAX_FDS}"
                 )
         except BaseException as error:
-            channel.close_all(reply_fds)
+            channel.close_all(reply_buffers)
             refused = self._limited and host_memory.is_refused(error)
             if refused:
                 host_memory.lift_limit()  # to say it takes memory too; then this process leaves
@@ -206,7 +226,7 @@ class Child:
             "returned_s": returned_s,
             "wait_s": wait_s,
             **self._gpu_use(),
-        }, reply_fds
+        }, reply_buffers
 
     def _prepare(self) -> None:
         """Call what is to be called once; a failure is told to whoever calls."""
@@ -265,14 +285,21 @@ class Child:
     def _ask(self) -> admission.Terms:
         """Ask the pool, which has NVML open, for the memory of this child's GPU, and its share."""
         self._tell({"event": "terms?"})
-        received = channel.receive(self._sock)
-        if received is None:
+        while (received := channel.receive(self._sock)) is not None:
+            if "entry" not in received.message:
+                break
+            self._calls.append(_call_of(received))
+        else:
             raise ConnectionResetError("the pool is gone")
-        terms, reading = received[0], received[0]["reading"]
+        terms, reading = received.message, received.message["reading"]
         if isinstance(reading, dict):
             processes = {int(pid): used for pid, used in reading["processes"].items()}
             terms["reading"] = Reading(reading["total_bytes"], reading["free_bytes"], processes)
         return admission.Terms(**terms)
+
+
+def _call_of(received: channel.Received) -> _Call:
+    return received.message, channel.buffers_of(received)
 
 
 def prepare(options: dict[str, Any]) -> None:

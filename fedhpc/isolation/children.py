@@ -5,6 +5,7 @@ import logging
 import math
 import socket
 import threading
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,10 @@ class Child:
         Bytes of its GPU that it was admitted for; inf: all of them.
     waits_for : str
         What its call waits for that has no slot yet, in words.
+    sent : deque of str
+        Tags of the calls that it was sent, in their order, until their replies are taken.
+    answered_s, took_s : float
+        When it had done the last call whose reply was taken, and how long that took.
     doomed, over_memory : bool
         Whether it was to be killed, and for what it used of the host.
     exit_code : int or None
@@ -59,6 +64,9 @@ class Child:
     kept: bool = False
     promise: float = 0
     waits_for: str = ""
+    sent: deque[str] = field(default_factory=deque)
+    answered_s: float = 0
+    took_s: float = 0
     doomed: bool = False
     over_memory: bool = False
     exit_code: int | None = None
@@ -148,7 +156,10 @@ class Children:
                 kept = None
             fitting = [child for child in self._ready if child.env == slot.env]
             candidates = [*([kept] if kept else []), *fitting]
-            child = next((child for child in candidates if not child.exited.is_set()), None)
+            child = next(
+                # One that has ended may have answered it before.
+                (c for c in candidates if call.tag in c.sent or not c.exited.is_set()), None
+            )  # fmt: skip
             if child is None:
                 # A context that an app's import makes must lie in a slot too.
                 child = self._start_child(slot, prepare_now=not slot.gpus)
@@ -156,6 +167,12 @@ class Children:
                 self._ready.remove(child)
             child.tag = call.tag
             return child
+
+    def take_back(self, slot: Slot) -> Child | None:
+        """Return the child that is kept for a slot, if it was sent calls ahead."""
+        with self._lock:
+            child = self._kept.get(slot.index)
+            return self._kept.pop(slot.index) if child and child.sent else None
 
     def prepare_successor(self, slot: Slot) -> None:
         """Start the child that will follow one that has just begun to work."""

@@ -36,9 +36,9 @@ _WORTH_S = 0.03  # of imports in every child: less is not worth the time to lear
 def main() -> None:
     """Serve the control socket whose number is the first argument, with options in the second."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    message = channel.receive(control)
-    if message is not None:
-        ForkServer(control, message[0]).serve()
+    received = channel.receive(control)
+    if received is not None:
+        ForkServer(control, received.message).serve()
     child.leave(0)
 
 
@@ -196,7 +196,7 @@ class ForkServer:
         received = channel.receive(self._control)
         if received is None:
             return False
-        message, fds = received
+        message, fds = received.message, received.fds
         if message["request"] == "start":
             try:
                 pid = self._start_child(fds[0], message["child"])

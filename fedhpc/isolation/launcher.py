@@ -94,7 +94,7 @@ class Launcher:
     def _watch(self) -> None:
         try:
             while (received := channel.receive(self._control)) is not None:
-                self._on_event(received[0])
+                self._on_event(received.message)
         finally:
             self._end()
 

@@ -3,7 +3,8 @@
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -14,9 +15,9 @@ from fedhpc.errors import (
     GpuLost,
     PlatformError,
 )
-from fedhpc.isolation import channel, failures, host_memory
-from fedhpc.isolation.admission import Need, can_be_met, check_need
-from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT, Call, PoolOptions, Reply
+from fedhpc.isolation import ahead, channel, failures, host_memory
+from fedhpc.isolation.admission import Need, Terms, can_be_met, check_need
+from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT, Ahead, Call, PoolOptions, Reply
 from fedhpc.isolation.children import Child, Children, wanted_bytes
 from fedhpc.isolation.nvml import Nvml, Reading
 from fedhpc.isolation.slots import Slot
@@ -24,6 +25,7 @@ from fedhpc.isolation.slots import Slot
 logger = logging.getLogger(__name__)
 
 _EXIT_TIMEOUT_S = 5.0
+_LATELY_S = 0.5
 
 
 class _Left(Exception):
@@ -47,6 +49,8 @@ class ChildPool:
         self._options = options
         self._nvml = nvml
         self._children = Children(options)
+        self._oom_kills_lately = (0, 0)
+        self._oom_kills_until_s = 0.0
 
     def __enter__(self) -> Self:
         self.start()
@@ -71,7 +75,7 @@ class ChildPool:
     def run(
         self,
         entry: str,
-        buffers: Iterable[int],
+        buffers: Iterable[channel.Buffer],
         *,
         slot: Slot,
         timeout_s: float,
@@ -81,6 +85,7 @@ class ChildPool:
         need: Need | Callable[[], Need | None] | None = None,
         capped: bool = True,
         on_admitted: Callable[[int | None], None] | None = None,
+        following: Iterable[Ahead] = (),
     ) -> Reply:
         """Call ``entry`` in a child and return what it returned.
 
@@ -88,7 +93,8 @@ class ChildPool:
 
         Parameters
         ----------
-        entry, buffers, slot, timeout_s, slot_timeout_s, tag, label, need, capped, on_admitted
+        entry, buffers, slot, timeout_s, slot_timeout_s, tag, label, need, capped, on_admitted,
+        following
             See `Call`; ``need`` may also be one that does not change, which its GPU must have.
             Without ``slot_timeout_s``, ``timeout_s`` holds until the slot, and again from there.
 
@@ -118,8 +124,9 @@ class ChildPool:
             return known if can_be_met(known, total_bytes) else None
 
         call = Call(
-            entry, tuple(buffers), slot, timeout_s, limit_s, tag, label, needs, capped, on_admitted
-        )
+            entry, tuple(buffers), slot, timeout_s, limit_s, tag, label, needs, capped, on_admitted,
+            tuple(following),
+        )  # fmt: skip
         _check_buffers(call.buffers)
         try:
             return self._run(call, alone=False)
@@ -139,6 +146,16 @@ class ChildPool:
     def cancel(self, tag: str) -> None:
         """Kill the children of calls with this tag; the calls raise `FitCancelled`."""
         self._children.cancel(tag)
+
+    def pass_over(self, slot: Slot) -> None:
+        """Forget the calls that a slot's child has ahead.
+
+        To be called when none of them follows, so that the child neither works on that for long nor
+        waits for an answer.
+        """
+        child = self._children.take_back(slot)
+        if child is not None and self._pass_over(child, "", slot):
+            self._children.answered(child, slot, keep=True)
 
     def kill_for_memory(self, pid: int) -> None:
         """Kill a child that used more host memory than it may; its call raises `FitDied`."""
@@ -160,9 +177,10 @@ class ChildPool:
 
     def _run(self, call: Call, *, alone: bool) -> Reply:
         called_s = time.monotonic()
-        oom_kills = host_memory.oom_kills()
+        oom_kills = self._oom_kills()
         while True:
             child = self._children.take(call)
+            since_s = child.answered_s if call.tag in child.sent else called_s
             try:
                 received = self._exchange(child, call, alone=alone)
                 break
@@ -176,8 +194,9 @@ class ChildPool:
             finally:
                 child.waits_for = ""
         if received is None:
+            self._oom_kills_until_s = 0.0
             raise self._death(child, oom_kills)
-        reply, fds, admitted = received
+        reply, buffers, admitted = received
         self._children.answered(child, call.slot, keep=not reply["last"])
         if "learnable" in reply:
             self._children.learn(reply["learnable"])
@@ -190,12 +209,15 @@ class ChildPool:
         if "error" in reply:
             raise failures.raised(reply, self._options.host_memory_bytes)
         peak, context = reply.get("gpu_peak_bytes"), reply.get("gpu_context_bytes")
+        child.answered_s = reply["answered_s"]
+        child.took_s = child.answered_s - reply["entered_s"]
+        until_s = child.answered_s if child.sent else time.monotonic()
         return Reply(
-            buffers=fds,
+            buffers=buffers,
             wait_s=admitted["wait_s"],
-            start_s=reply["entered_s"] - called_s - admitted["wait_s"],
+            start_s=reply["entered_s"] - since_s - admitted["wait_s"],
             run_s=reply["returned_s"] - reply["entered_s"],
-            return_s=time.monotonic() - reply["returned_s"],
+            return_s=until_s - reply["returned_s"],
             peak_rss_mb=reply["peak_rss_mb"],
             late_imports=reply["late_imports"],
             gpu_before_bytes=admitted["gpu_before_bytes"],
@@ -205,9 +227,17 @@ class ChildPool:
             gone=child.exited if reply["last"] else None,
         )
 
+    def _oom_kills(self) -> tuple[int, int]:
+        """Return what `host_memory.oom_kills` said lately: it takes a tenth of a short call."""
+        now_s = time.monotonic()
+        if now_s > self._oom_kills_until_s:
+            self._oom_kills_lately = host_memory.oom_kills()
+            self._oom_kills_until_s = now_s + _LATELY_S
+        return self._oom_kills_lately
+
     def _exchange(
         self, child: Child, call: Call, *, alone: bool
-    ) -> tuple[dict[str, Any], list[int], dict[str, Any]] | None:
+    ) -> tuple[dict[str, Any], list[channel.Buffer], dict[str, Any]] | None:
         """Send a call, answer the child's questions and wait for its reply; None if it is gone."""
         deadline_s = time.monotonic() + call.slot_timeout_s
         nothing = {"wait_s": 0.0, "gpu_before_bytes": None}
@@ -224,16 +254,23 @@ class ChildPool:
                 call.on_admitted(told["gpu_before_bytes"])
 
         try:
-            channel.send(child.sock, message, call.buffers)
+            if not self._pass_over(child, call.tag, call.slot):
+                raise _Left
+            if call.tag not in child.sent:
+                child.sock.settimeout(call.slot_timeout_s)
+                ahead.send(child, call.tag, message, call.buffers)
             if child.kept:  # it has its slot: a message less in each fit
+                if not alone:
+                    ahead.send_following(child, call, message)
                 begin(nothing)
+                ahead.linger(child)
             while True:
                 child.sock.settimeout(max(0.001, deadline_s - time.monotonic()))
                 received = channel.receive(child.sock)
                 if received is None:
                     _gone(child, admitted)
                     return None
-                answer, fds = received
+                answer = received.message
                 match answer.get("event"):
                     case "terms?":
                         terms = call.terms(self._read_memory(call.slot), alone=alone)
@@ -246,8 +283,9 @@ class ChildPool:
                     case "admitted":
                         begin(answer)
                     case _:
+                        child.sent.popleft()
                         # Without a slot it can only be an error.
-                        return answer, fds, admitted or nothing
+                        return answer, channel.buffers_of(received), admitted or nothing
         except ConnectionError:
             _gone(child, admitted)
             return None
@@ -260,6 +298,13 @@ class ChildPool:
                 _gone(child, admitted)
                 return None
             raise PlatformError(f"the channel to a child failed: {error.strerror}") from error
+
+    def _pass_over(self, child: Child, tag: str, slot: Slot) -> bool:
+        """Return whether a child is to be used for a call, without others that it has ahead."""
+        useful = ahead.pass_over(child, tag, lambda: asdict(Terms(self._read_memory(slot))))
+        if not useful:
+            self._children.kill(child)
+        return useful
 
     def _read_memory(self, slot: Slot) -> Reading | str | None:
         """Return the memory of a slot's GPU, or why it cannot be told now; None: not at all."""
@@ -303,10 +348,12 @@ def _gone(child: Child, admitted: dict[str, Any] | None) -> None:
         raise _Left
 
 
-def _check_buffers(buffers: tuple[int, ...]) -> None:
+def _check_buffers(buffers: Sequence[channel.Buffer]) -> None:
     if len(buffers) > channel.MAX_FDS:
         raise ValueError(f"expected at most {channel.MAX_FDS} buffers, found {len(buffers)}")
-    for fd in buffers:
+    if (size := sum(map(len, channel.inline_data(buffers)))) > channel.MAX_INLINE:
+        raise ValueError(f"expected at most {channel.MAX_INLINE} bytes, found {size}")
+    for fd in channel.descriptors(buffers):
         os.fstat(fd)  # a bad descriptor is the caller's error, not the child's
 
 

@@ -53,7 +53,7 @@ def run(
     finally:
         os.close(fd)
     try:
-        return json.loads(bytes(channel.map_file(reply.buffers[0]))), reply
+        return json.loads(bytes(channel.view(reply.buffers[0]))), reply
     finally:
         reply.close()
 

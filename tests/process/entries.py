@@ -65,7 +65,7 @@ def call_for_reply(
 
 
 def read(fd: int) -> bytes:
-    return bytes(channel.map_file(fd))
+    return bytes(channel.view(fd))
 
 
 def wait_until(condition: Callable[[], Any], timeout_s: float = GONE_WITHIN_S) -> bool:
@@ -237,6 +237,37 @@ def echo(*buffers: memoryview) -> Buffers:
     return [[view] for view in buffers]
 
 
+def do(view: memoryview, *more: memoryview) -> Buffers:
+    """Do what the call says, and return the pid with the result; zeros in a buffer of their own."""
+    what, *args = json.loads(bytes(view))
+    found: Any = None
+    match what:
+        case "echo":
+            (found,) = args
+        case "sleep":
+            time.sleep(args[0])
+        case "append":
+            with Path(args[0]).open("a") as file:
+                file.write("x")
+        case "once":
+            how, mark = args
+            found = "again"
+            if not Path(mark).exists():
+                Path(mark).touch()
+                os.kill(os.getpid(), signal.SIGKILL) if how == "kill" else os._exit(3)
+        case "set":
+            os.environ[args[0]] = args[1]
+        case "get":
+            found = os.environ.get(args[0])
+        case "length":
+            time.sleep(args[1])
+            found = len(args[0])
+        case "length of the second":
+            found = len(more[0])
+    zeros = [[bytes(args[0])]] if what == "zeros" else []
+    return [[json.dumps([os.getpid(), found]).encode()], *zeros]
+
+
 def in_parts(*_: memoryview) -> Buffers:
     return [
         [b"ab", bytearray(b"cd"), memoryview(b"ef")],
@@ -255,7 +286,9 @@ def returns_text(*_: memoryview) -> list[list[str]]:
 
 
 def many_buffers(view: memoryview) -> Buffers:
-    return [[str(number).encode()] for number in range(int(bytes(view)))]
+    """Return as many buffers as the input says, each too large to go as bytes."""
+    content = bytes(channel.MAX_INLINE + 1)
+    return [[content] for _ in range(int(bytes(view)))]
 
 
 def measure_input(view: memoryview) -> Buffers:

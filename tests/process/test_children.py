@@ -98,6 +98,27 @@ def test_no_buffers_are_fine() -> None:
         assert pool.run("entries:echo", [], slot=SLOT, timeout_s=30).buffers == []
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_small_buffers_go_and_come_as_bytes_and_the_others_as_descriptors(method: str) -> None:
+    half = channel.MAX_INLINE // 2
+    contents = [os.urandom(half), b"", os.urandom(half), b"!", os.urandom(2 * half + 1)]
+    large = memory(*contents[3:])
+    with ChildPool(light(start_method=method)) as pool:
+        reply = pool.run("entries:echo", [*contents[:3], *large], slot=SLOT, timeout_s=30)
+        assert [read(buffer) for buffer in reply.buffers] == contents
+        assert [isinstance(buffer, int) for buffer in reply.buffers] == [False] * 3 + [True] * 2
+        reply.close()
+    channel.close_all(large)
+
+
+def test_more_bytes_than_a_message_takes_are_the_callers_error() -> None:
+    contents = [bytes(channel.MAX_INLINE), b"!"]
+    with ChildPool(light()) as pool:
+        with pytest.raises(ValueError, match="expected at most 65536 bytes, found 65537"):
+            pool.run("entries:echo", contents, slot=SLOT, timeout_s=30)
+        assert call(pool, "add", 1, 2) == 3
+
+
 def test_a_reply_may_come_in_parts() -> None:
     with ChildPool(light()) as pool:
         reply = pool.run("entries:in_parts", [], slot=SLOT, timeout_s=30)
@@ -122,7 +143,7 @@ def test_300_mb_of_input_are_read_where_they_lie(method: str) -> None:
         reply = pool.run("entries:measure_input", [fd], slot=SLOT, timeout_s=60)
         seen = json.loads(read(reply.buffers[0]))
         reply.close()
-    assert seen["total"] == sum(channel.map_file(fd)[::4096])
+    assert seen["total"] == sum(channel.view(fd)[::4096])
     assert seen["inodes"] == [os.fstat(fd).st_ino], "not the pages of the caller"
     assert not seen["writable"]
     assert seen["anonymous_mb"] < 60, "the child copied its input"

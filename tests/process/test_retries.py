@@ -66,6 +66,9 @@ class DyingPool:
     def cancel(self, _: str) -> None:
         pass
 
+    def pass_over(self, _: Slot) -> None:
+        pass
+
 
 class NoSampler:
     def began(self, *_: object) -> None: ...

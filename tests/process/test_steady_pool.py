@@ -115,7 +115,7 @@ def test_500_mb_through_flowers_records_are_one_copy_more_which_is_flowers() -> 
         call(pool, "pid", timeout_s=60)
         with Watch(pool) as watch:
             reply = pool.run("transfer_entries:fit", fds, slot=entries.SLOT, timeout_s=60)
-        found, sent = channel.map_file(reply.buffers[0]), channel.map_file(fds[1])
+        found, sent = channel.view(reply.buffers[0]), channel.view(fds[1])
         assert found == sent
         assert 490 < watch.anonymous_mb < 500 + 80
         assert watch.together_mb < 3 * 500 + 80

@@ -34,6 +34,7 @@ LAYERS = {
         "fedhpc.requeue",
         "fedhpc.server",
         "fedhpc.held",
+        "fedhpc.turns",
         "fedhpc.fits",
         "fedhpc.client",
     ],
