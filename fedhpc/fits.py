@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import threading
-import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
@@ -140,7 +139,9 @@ class Fits:
         with self._lock:
             self._fits += 1
             tag = f"{work.message_id} #{self._fits}"
-            held = self._held[work.message_id] = Held(work, tag, self._blobs.open(work))
+            held = self._held[work.message_id] = Held(
+                work, tag, self._blobs.open(work), message_ids.read(work.message_id).verb
+            )
             self._turns.give(held)
 
     def _keep(self, message_id: str) -> None:
@@ -167,22 +168,20 @@ class Fits:
 
     # --- slots ---
 
-    def _next(self, slot: Slot) -> Held | None:
-        """Wait for the next fit of a slot; None if its GPU is lost."""
-        if not self._turns.has_next(slot):
+    def _work_in(self, slot: Slot) -> None:
+        def idle() -> None:
             # What its child has ahead was cancelled, or is another slot's by now.
             self._pool.pass_over(slot)
-        return self._turns.next(slot)
 
-    def _work_in(self, slot: Slot) -> None:
-        while (held := self._next(slot)) is not None:
+        while (held := self._turns.next(slot, idle)) is not None:
             took_s: float | None = None
             try:
                 if not self._is_held(held):
                     continue
-                began_s = time.monotonic()
                 result = self._run(held, slot)
-                took_s = time.monotonic() - began_s
+                if not result.message.HasField("failure"):
+                    fit = result.message.fit
+                    took_s = fit.start_s + fit.run_s + fit.return_s
             except GpuLost as error:
                 self._lose(slot, held, error)
                 continue
@@ -194,7 +193,7 @@ class Fits:
             except FitCancelled:
                 continue
             finally:
-                self._turns.ended(slot, took_s)
+                self._turns.ended(slot, held, took_s)
                 held.close_inputs()
             with self._lock:
                 if self._held.get(held.work.message_id) is not held:
@@ -357,6 +356,8 @@ class Fits:
         """Return the calls that will follow in a slot, as far as they are known."""
         calls = []
         for held in self._turns.bind_ahead(slot):
+            if any(blob.in_file for blob in held.work.blobs):
+                break  # the file of one fit is not waited for while another one could run
             try:
                 buffers = held.open_inputs(self._paths)
             except InputsGone:

@@ -64,6 +64,8 @@ class Held:
         Of this fit and no other one of the same message.
     inputs : dict
         The blobs that came over the link, by digest.
+    kind : str
+        Those of one kind take about the same time.
     wanted : bool
         Whether the server that is connected wants the result: one that came back may not, or not
         yet.
@@ -74,6 +76,7 @@ class Held:
     work: grid_pb2.Work
     tag: str
     inputs: dict[str, channel.Buffer]
+    kind: str = ""
     wanted: bool = True
     result: Result | None = None
     _opened: list[channel.Buffer] = field(default_factory=list)
@@ -89,23 +92,23 @@ class Held:
         if self._opened:
             return self._opened
         buffers: list[channel.Buffer] = [self.work.SerializeToString()]
+        room = channel.MAX_INLINE
         try:
             for blob in self.work.blobs:
                 if blob.in_file:
                     buffers.append(files.open_whole(paths.blob(blob.digest), blob.size))
                 else:
                     buffers.append(self.inputs.pop(blob.digest))
+            for i, buffer in enumerate(buffers):
+                if isinstance(buffer, int):
+                    continue
+                if len(buffer) <= room:
+                    room -= len(buffer)
+                else:
+                    buffers[i] = channel.write_memory([buffer])
         except (KeyError, PlatformError, OSError) as error:
             channel.close_all(buffers)
             raise InputsGone(f"the arrays of {self.work.message_id} are gone: {error}") from error
-        room = channel.MAX_INLINE
-        for i, buffer in enumerate(buffers):
-            if isinstance(buffer, int):
-                continue
-            if len(buffer) <= room:
-                room -= len(buffer)
-            else:
-                buffers[i] = channel.write_memory([buffer])
         self._opened = buffers
         return buffers
 

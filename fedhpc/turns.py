@@ -1,5 +1,6 @@
 """Whose turn it is: which slot of an array task runs which fit next."""
 
+import contextlib
 import queue
 import threading
 import time
@@ -46,68 +47,70 @@ class Turns:
         }
         self._ahead: dict[int, deque[Held]] = {slot.index: deque() for slot in slots}
         self._since_s: dict[int, float] = {}
-        self._took_s: dict[int, float] = {}
-
-    def slots(self) -> list[Slot]:
-        """Return the slots that are not lost."""
-        with self._lock:
-            return list(self._slots)
+        self._took_s: dict[str, float] = {}  # the last fit of each kind
 
     def give(self, held: Held) -> None:
         """Give a fit to the slot that is free for longest, on the GPU that has fewest."""
         with self._lock:
             self._give(held)
 
-    def next(self, slot: Slot) -> Held | None:
-        """Wait for the next fit of a slot; None if the slot is lost."""
+    def next(self, slot: Slot, on_idle: Callable[[], None]) -> Held | None:
+        """Wait for the next fit of a slot; None if the slot is lost.
+
+        Parameters
+        ----------
+        slot : Slot
+            Whose turn it is.
+        on_idle : callable
+            Called once before it waits.
+        """
         number, given = slot.index, self._given_to[slot.index]
+        told = False
         while True:
             with self._lock:
                 self._idle.pop(number, None)
-                if slot not in self._slots:
-                    return None
                 if not given.empty():
                     return given.get()
+                if slot not in self._slots:
+                    return None
                 if found := self._ahead[number] or self._waiting:
                     return found.popleft()
                 if stuck := self._stuck():
                     return stuck.pop()
-                self._idle[number] = slot
+                if told:
+                    self._idle[number] = slot
                 others_have = any(self._ahead.values())
-            try:
-                held = given.get(timeout=_AHEAD_S if others_have else None)
-            except queue.Empty:
+            if not told:
+                on_idle()
+                told = True
                 continue
-            return held
+            with contextlib.suppress(queue.Empty):
+                return given.get(timeout=_AHEAD_S if others_have else None)
 
     def bind_ahead(self, slot: Slot) -> list[Held]:
-        """Return the fits that will follow in a slot, more of them if its fits are short.
-
-        Until `began` nobody else takes them.
-        """
+        """Return the fits that will follow in a slot, more of them where those are short."""
         with self._lock:
-            self._since_s.pop(slot.index, None)  # nobody takes what is just being sent
+            # From now on it counts as stuck, also if it waits for a process or for memory.
+            self._since_s[slot.index] = self._clock()
             ahead = self._ahead[slot.index]
-            took_s = self._took_s.get(slot.index, _AHEAD_S)
-            while (
-                self._binds_ahead
-                and self._waiting
-                and len(ahead) < _MOST_AHEAD
-                and (len(ahead) + 1) * took_s < _AHEAD_S
-            ):
+            took_s = sum(map(self._expected_s, ahead))
+            while self._binds_ahead and self._waiting and len(ahead) < _MOST_AHEAD:
+                took_s += self._expected_s(self._waiting[0])
+                if took_s >= _AHEAD_S:
+                    break
                 ahead.append(self._waiting.popleft())
             return list(ahead)
 
     def began(self, slot: Slot) -> None:
-        """Note that a slot's fit runs; from now on others may take what it has ahead."""
+        """Note that a slot's fit runs, and has not waited for it."""
         with self._lock:
             self._since_s[slot.index] = self._clock()
 
-    def ended(self, slot: Slot, took_s: float | None) -> None:
+    def ended(self, slot: Slot, held: Held, took_s: float | None) -> None:
         """Note that a slot's fit has ended, and how long it ran, where that is known."""
         with self._lock:
             self._since_s.pop(slot.index, None)
-            self._took_s[slot.index] = _AHEAD_S if took_s is None else took_s
+            self._took_s[held.kind] = _AHEAD_S if took_s is None else took_s
 
     def has_next(self, slot: Slot) -> bool:
         """Return whether a slot's next fit is here already."""
@@ -123,6 +126,9 @@ class Turns:
                 while ahead:
                     self._give(ahead.popleft())
             return list(self._slots)
+
+    def _expected_s(self, held: Held) -> float:
+        return self._took_s.get(held.kind, _AHEAD_S)
 
     def _give(self, held: Held) -> None:
         """See `give`; the lock is held."""

@@ -48,14 +48,16 @@ def send_following(child: Child, call: Call, message: dict[str, Any]) -> None:
                 return
         try:
             send(child, one.tag, message, one.buffers)
-        except (BlockingIOError, ConnectionError):  # if it is gone, its next call will find out
+        except OSError:  # no room; or it is gone, or what it needs is: its own turn will tell
             return
 
 
 def linger(child: Child) -> None:
     """Let replies of short calls come together, while the child has more to do."""
     more = len(child.sent) - 1
-    if more > 0 and not select.select([child.sock], [], [], 0)[0]:
+    poller = select.poll()
+    poller.register(child.sock, select.POLLIN)
+    if more > 0 and not poller.poll(0):
         time.sleep(min(_LINGER_S, more * child.took_s))
 
 
@@ -88,7 +90,7 @@ def pass_over(child: Child, tag: str, terms: Callable[[], dict[str, Any]]) -> bo
                 continue
             channel.close_all(received.fds)
             child.sent.popleft()
-            if received.message["last"]:
+            if received.message.get("last", True):
                 return False
         return True
     return False

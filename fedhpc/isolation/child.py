@@ -108,6 +108,7 @@ class Child:
                 or self._failure is not None
                 or reply.get("out_of_memory", False)
                 or reply.get("refused_memory", False)
+                or reply.get("platform", False)  # it has no slot
                 # After some errors CUDA fails in this process for ever, and none tells which.
                 or ("error" in reply and (cuda.is_initialised() or self._proves_itself()))
                 or self._is_in_the_way()

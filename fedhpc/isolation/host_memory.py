@@ -54,17 +54,20 @@ def _all_children() -> dict[int, list[int]]:
     return children
 
 
-def proportional_bytes(pids: Iterable[int]) -> int:
+def proportional_bytes(pids: Iterable[int], *, of_files: bool = True) -> int:
     """Return the resident memory of processes; a page that n processes share counts 1/n in each.
 
-    Takes some milliseconds a process that has loaded torch.
+    Takes some milliseconds a process that has loaded torch. Pages of mapped files, which the kernel
+    takes back when it needs them, count only if ``of_files``.
     """
     total = 0
     for pid in pids:
         with contextlib.suppress(OSError):  # it has just ended
             text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-            if match := re.search(r"^Pss:\s+(\d+) kB", text, re.MULTILINE):
-                total += 1024 * int(match[1])
+            found = dict(re.findall(r"^(Pss|Pss_File):\s+(\d+) kB", text, re.MULTILINE))
+            total += 1024 * int(found.get("Pss", 0))
+            if not of_files:
+                total -= 1024 * int(found.get("Pss_File", 0))
     return total
 
 

@@ -198,6 +198,8 @@ class ChildPool:
             raise self._death(child, oom_kills)
         reply, buffers, admitted = received
         self._children.answered(child, call.slot, keep=not reply["last"])
+        child.took_s = reply["answered_s"] - since_s
+        child.answered_s = reply["answered_s"]
         if "learnable" in reply:
             self._children.learn(reply["learnable"])
         if lost := reply.get("lost_lock"):
@@ -209,8 +211,6 @@ class ChildPool:
         if "error" in reply:
             raise failures.raised(reply, self._options.host_memory_bytes)
         peak, context = reply.get("gpu_peak_bytes"), reply.get("gpu_context_bytes")
-        child.answered_s = reply["answered_s"]
-        child.took_s = child.answered_s - reply["entered_s"]
         until_s = child.answered_s if child.sent else time.monotonic()
         return Reply(
             buffers=buffers,
@@ -263,7 +263,8 @@ class ChildPool:
                 if not alone:
                     ahead.send_following(child, call, message)
                 begin(nothing)
-                ahead.linger(child)
+                if not call.slot.gpus:  # there the child asks for its memory at the end
+                    ahead.linger(child)
             while True:
                 child.sock.settimeout(max(0.001, deadline_s - time.monotonic()))
                 received = channel.receive(child.sock)
@@ -301,7 +302,10 @@ class ChildPool:
 
     def _pass_over(self, child: Child, tag: str, slot: Slot) -> bool:
         """Return whether a child is to be used for a call, without others that it has ahead."""
-        useful = ahead.pass_over(child, tag, lambda: asdict(Terms(self._read_memory(slot))))
+        try:
+            useful = ahead.pass_over(child, tag, lambda: asdict(Terms(self._read_memory(slot))))
+        except GpuLost:  # the next call finds it out too
+            useful = False
         if not useful:
             self._children.kill(child)
         return useful

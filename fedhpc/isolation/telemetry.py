@@ -183,6 +183,9 @@ class Sampler:
             used = proportional_bytes(family)
             total += used
             if children[pid] and self._limit_bytes is not None and used > self._limit_bytes:
+                used = proportional_bytes(family, of_files=False)
+                if used <= self._limit_bytes:
+                    continue  # the data set, which is in memory once for all
                 logger.warning("pid %d uses %.1f GB of host memory: killed", pid, used / 1e9)
                 self._pool.kill_for_memory(pid)
         line = {

@@ -41,7 +41,7 @@ def test_samples_are_taken_also_where_a_process_that_ends_is_always_waited_for(
     monkeypatch.setattr(telemetry, "_GONE_S", 0.1)
     monkeypatch.setattr(telemetry, "_GATHERED_S", 0.0)  # the file is there at once
     # After a sample that took long (of a large process, here this one) the next one comes later.
-    monkeypatch.setattr(telemetry, "proportional_bytes", lambda _: 1)
+    monkeypatch.setattr(telemetry, "proportional_bytes", lambda _, **more: 1)
     with sampler(path, Pool()) as made:
         usage = made.began({}, None, None)
         for _ in range(20):  # none of these processes goes
@@ -57,7 +57,7 @@ def test_samples_are_taken_also_where_a_process_that_ends_is_always_waited_for(
 def test_tiny_fits_do_not_have_a_sample_each(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(telemetry, "proportional_bytes", lambda _: 1)
+    monkeypatch.setattr(telemetry, "proportional_bytes", lambda _, **more: 1)
     path, pool = tmp_path / "0.jsonl", Pool()
     monkeypatch.setattr(pool, "children", lambda: {1: ""})  # kept, and idle between fits
     begin_s = time.monotonic()
@@ -77,7 +77,7 @@ def kinds_in(path: Path) -> list[str]:
 def test_a_disk_that_takes_no_samples_ends_neither_the_start_nor_the_limit_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(telemetry, "proportional_bytes", lambda _: 2)
+    monkeypatch.setattr(telemetry, "proportional_bytes", lambda _, **more: 2)
     (tmp_path / "no folder").write_text("")
     pool = Pool()
     with (
@@ -93,7 +93,7 @@ def test_a_disk_that_stalls_does_not_hold_up_the_limit_of_memory(
 ) -> None:
     go_on = threading.Event()
     monkeypatch.setattr(telemetry.files, "append_line", lambda *_, **__: go_on.wait(20))
-    monkeypatch.setattr(telemetry, "proportional_bytes", lambda _: 2)
+    monkeypatch.setattr(telemetry, "proportional_bytes", lambda _, **more: 2)
     pool = Pool()
     try:
         with sampler(tmp_path / "0.jsonl", pool, host_limit_bytes=1):

@@ -10,6 +10,10 @@ from fedhpc.isolation import Gpu, Slot
 from fedhpc.turns import Turns
 
 SLOTS = [Slot(0), Slot(1)]
+LIKE = Held(grid_pb2.Work(), "like the others", {})
+
+
+def nothing() -> None: ...
 
 
 class Clock:
@@ -47,12 +51,12 @@ def tags(found: list[Held]) -> list[str]:
 
 def test_fits_are_given_out_in_their_order(turns: Turns) -> None:
     made = give(turns, 3)
-    assert [turns.next(SLOTS[n % 2]) for n in range(3)] == made
+    assert [turns.next(SLOTS[n % 2], nothing) for n in range(3)] == made
 
 
 def test_a_fit_wakes_the_slot_that_waits_for_it(turns: Turns) -> None:
     found: list[Held | None] = []
-    thread = threading.Thread(target=lambda: found.append(turns.next(SLOTS[1])))
+    thread = threading.Thread(target=lambda: found.append(turns.next(SLOTS[1], nothing)))
     thread.start()
     (held,) = fits(1)
     turns.give(held)
@@ -63,43 +67,82 @@ def test_a_fit_wakes_the_slot_that_waits_for_it(turns: Turns) -> None:
 @pytest.mark.parametrize(("took_s", "count"), [(0.001, 6), (0.004, 4), (0.015, 1), (0.03, 0)])
 def test_as_many_are_bound_ahead_as_take_a_moment(turns: Turns, took_s: float, count: int) -> None:
     give(turns, 20)
-    turns.next(SLOTS[0])
-    turns.ended(SLOTS[0], took_s)
-    turns.next(SLOTS[0])
+    turns.next(SLOTS[0], nothing)
+    turns.ended(SLOTS[0], LIKE, took_s)
+    turns.next(SLOTS[0], nothing)
     assert tags(turns.bind_ahead(SLOTS[0])) == [f"{n}" for n in range(2, 2 + count)]
     assert turns.has_next(SLOTS[0])
 
 
 def test_nothing_is_bound_ahead_of_a_fit_whose_like_is_not_known(turns: Turns) -> None:
     give(turns, 3)
-    turns.next(SLOTS[0])
+    turns.next(SLOTS[0], nothing)
     assert turns.bind_ahead(SLOTS[0]) == []
-    turns.ended(SLOTS[0], None)  # it failed
-    turns.next(SLOTS[0])
+    turns.ended(SLOTS[0], LIKE, None)  # it failed
+    turns.next(SLOTS[0], nothing)
     assert turns.bind_ahead(SLOTS[0]) == []
+
+
+def test_only_fits_of_a_kind_that_is_known_to_be_short_are_bound_ahead(turns: Turns) -> None:
+    give(turns, 2)
+    long = Held(grid_pb2.Work(), "long", {}, kind="another")
+    turns.next(SLOTS[0], nothing)
+    turns.ended(SLOTS[0], LIKE, 0.001)
+    turns.give(long)
+    give(turns, 1)
+    turns.next(SLOTS[0], nothing)
+    assert turns.bind_ahead(SLOTS[0]) == []
+    turns.ended(SLOTS[0], long, 0.002)
+    assert tags(turns.bind_ahead(SLOTS[0])) == ["long", "0"]
+
+
+def test_what_is_ahead_of_a_slot_that_waits_to_begin_is_taken_too(
+    turns: Turns, clock: Clock
+) -> None:
+    give(turns, 3)
+    turns.next(SLOTS[0], nothing)
+    turns.ended(SLOTS[0], LIKE, 0.001)
+    turns.next(SLOTS[0], nothing)
+    assert tags(turns.bind_ahead(SLOTS[0])) == ["2"]
+    clock.now_s = 0.1
+    taken = turns.next(SLOTS[1], nothing)
+    assert taken is not None
+    assert taken.tag == "2"
+
+
+def test_a_slot_tells_once_that_it_becomes_idle(turns: Turns) -> None:
+    told: list[int] = []
+    (held,) = fits(1)
+
+    def idle() -> None:
+        told.append(1)
+        turns.give(held)
+
+    assert turns.next(SLOTS[0], idle) is held
+    assert told == [1]
 
 
 def test_nothing_is_bound_ahead_where_each_fit_has_a_process_of_its_own(clock: Clock) -> None:
     turns = Turns(SLOTS, binds_ahead=False, clock=clock)
     give(turns, 3)
-    turns.next(SLOTS[0])
-    turns.ended(SLOTS[0], 0.001)
+    turns.next(SLOTS[0], nothing)
+    turns.ended(SLOTS[0], LIKE, 0.001)
     assert turns.bind_ahead(SLOTS[0]) == []
     assert turns.has_next(SLOTS[0])
 
 
 def test_what_is_bound_ahead_comes_next_and_before_what_waits(turns: Turns) -> None:
     give(turns, 8)
-    turns.next(SLOTS[0])
-    turns.ended(SLOTS[0], 0.005)
-    turns.next(SLOTS[0])
+    turns.next(SLOTS[0], nothing)
+    turns.ended(SLOTS[0], LIKE, 0.005)
+    turns.next(SLOTS[0], nothing)
     assert tags(turns.bind_ahead(SLOTS[0])) == ["2", "3", "4"]
-    turns.ended(SLOTS[0], 0.005)
-    found = turns.next(SLOTS[0])
+    turns.ended(SLOTS[0], LIKE, 0.005)
+    found = turns.next(SLOTS[0], nothing)
     assert found is not None
     assert found.tag == "2"
     assert tags(turns.bind_ahead(SLOTS[0])) == ["3", "4", "5"]
-    other = turns.next(SLOTS[1])
+    other = turns.next(SLOTS[1], nothing)
     assert other is not None
     assert other.tag == "6"
 
@@ -108,9 +151,9 @@ def test_what_is_bound_ahead_comes_next_and_before_what_waits(turns: Turns) -> N
 def stuck(turns: Turns) -> Turns:
     """Slot 0 has 2 to 5 ahead, behind fit 1; 5 was the last one."""
     give(turns, 6)
-    turns.next(SLOTS[0])
-    turns.ended(SLOTS[0], 0.004)
-    turns.next(SLOTS[0])
+    turns.next(SLOTS[0], nothing)
+    turns.ended(SLOTS[0], LIKE, 0.004)
+    turns.next(SLOTS[0], nothing)
     assert tags(turns.bind_ahead(SLOTS[0])) == ["2", "3", "4", "5"]
     turns.began(SLOTS[0])
     return turns
@@ -120,16 +163,16 @@ def test_a_free_slot_takes_what_waits_behind_a_long_fit_the_last_first(
     stuck: Turns, clock: Clock
 ) -> None:
     clock.now_s = 0.1
-    taken = [stuck.next(SLOTS[1]) for _ in range(3)]
+    taken = [stuck.next(SLOTS[1], nothing) for _ in range(3)]
     assert tags([held for held in taken if held]) == ["5", "4", "3"]
-    own = stuck.next(SLOTS[0])
+    own = stuck.next(SLOTS[0], nothing)
     assert own is not None
     assert own.tag == "2"
 
 
 def test_a_free_slot_that_waits_finds_out_that_a_fit_is_long(stuck: Turns, clock: Clock) -> None:
     found: list[Held | None] = []
-    thread = threading.Thread(target=lambda: found.append(stuck.next(SLOTS[1])))
+    thread = threading.Thread(target=lambda: found.append(stuck.next(SLOTS[1], nothing)))
     thread.start()
     thread.join(0.1)
     assert not found, "the fit before may still be short"
@@ -142,12 +185,11 @@ def test_the_fits_of_a_lost_slot_go_to_others(clock: Clock) -> None:
     slots = [Slot(0, (Gpu("a"),)), Slot(1, (Gpu("b"),))]
     turns = Turns(slots, binds_ahead=True, clock=clock)
     give(turns, 4)
-    turns.next(slots[0])
-    turns.ended(slots[0], 0.001)
-    turns.next(slots[0])
+    turns.next(slots[0], nothing)
+    turns.ended(slots[0], LIKE, 0.001)
+    turns.next(slots[0], nothing)
     turns.bind_ahead(slots[0])
     assert turns.lose([slots[0]]) == [slots[1]]
-    assert turns.slots() == [slots[1]]
-    assert turns.next(slots[0]) is None
-    left = [turns.next(slots[1]) for _ in range(2)]
+    assert turns.next(slots[0], nothing) is None
+    left = [turns.next(slots[1], nothing) for _ in range(2)]
     assert tags([held for held in left if held]) == ["2", "3"]
