@@ -314,7 +314,6 @@ class Fits:
                 "gpu": gpu and gpu.id,
             }
             usages.append(self._sampler.began(about, gpu, before_bytes))
-            self._turns.began(slot)
             if not self._is_held(held):  # cancelled while there was no child of its
                 self._pool.cancel(held.tag)
 
@@ -362,8 +361,7 @@ class Fits:
                 buffers = held.open_inputs(self._paths)
             except InputsGone:
                 break  # it is told when its turn comes
-            verb = message_ids.read(held.work.message_id).verb
-            calls.append(Ahead(held.tag, tuple(buffers), self._need_of(self._kind_of(verb))))
+            calls.append(Ahead(held.tag, tuple(buffers), self._need_of(self._kind_of(held.verb))))
         return calls
 
     def _need_of(self, kind: str) -> Callable[[], Need | None]:

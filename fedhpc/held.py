@@ -64,8 +64,8 @@ class Held:
         Of this fit and no other one of the same message.
     inputs : dict
         The blobs that came over the link, by digest.
-    kind : str
-        Those of one kind take about the same time.
+    verb : str
+        What its client is asked.
     wanted : bool
         Whether the server that is connected wants the result: one that came back may not, or not
         yet.
@@ -76,7 +76,7 @@ class Held:
     work: grid_pb2.Work
     tag: str
     inputs: dict[str, channel.Buffer]
-    kind: str = ""
+    verb: str = ""
     wanted: bool = True
     result: Result | None = None
     _opened: list[channel.Buffer] = field(default_factory=list)

@@ -47,7 +47,7 @@ class Turns:
         }
         self._ahead: dict[int, deque[Held]] = {slot.index: deque() for slot in slots}
         self._since_s: dict[int, float] = {}
-        self._took_s: dict[str, float] = {}  # the last fit of each kind
+        self._took_s: dict[str, float] = {}  # the last fit of each verb
 
     def give(self, held: Held) -> None:
         """Give a fit to the slot that is free for longest, on the GPU that has fewest."""
@@ -101,16 +101,11 @@ class Turns:
                 ahead.append(self._waiting.popleft())
             return list(ahead)
 
-    def began(self, slot: Slot) -> None:
-        """Note that a slot's fit runs, and has not waited for it."""
-        with self._lock:
-            self._since_s[slot.index] = self._clock()
-
     def ended(self, slot: Slot, held: Held, took_s: float | None) -> None:
         """Note that a slot's fit has ended, and how long it ran, where that is known."""
         with self._lock:
             self._since_s.pop(slot.index, None)
-            self._took_s[held.kind] = _AHEAD_S if took_s is None else took_s
+            self._took_s[held.verb] = _AHEAD_S if took_s is None else took_s
 
     def has_next(self, slot: Slot) -> bool:
         """Return whether a slot's next fit is here already."""
@@ -128,7 +123,7 @@ class Turns:
             return list(self._slots)
 
     def _expected_s(self, held: Held) -> float:
-        return self._took_s.get(held.kind, _AHEAD_S)
+        return self._took_s.get(held.verb, _AHEAD_S)
 
     def _give(self, held: Held) -> None:
         """See `give`; the lock is held."""

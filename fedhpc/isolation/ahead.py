@@ -30,9 +30,7 @@ def send(
     OSError
         If it is gone, or its socket has no room in time.
     """
-    described = {**message, "buffers": channel.describe(buffers)}
-    fds, inline = channel.descriptors(buffers), channel.inline_data(buffers)
-    channel.send(child.sock, described, fds, inline)
+    channel.send_buffers(child.sock, message, buffers)
     child.sent.append(tag)
 
 

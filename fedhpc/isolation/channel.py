@@ -67,6 +67,19 @@ def send(
     socket.send_fds(sock, [len(text).to_bytes(_PREFIX, "little"), text, *inline], list(fds))
 
 
+def send_buffers(sock: socket.socket, message: dict[str, Any], buffers: Sequence[Buffer]) -> None:
+    """Send a message with buffers; `buffers_of` returns them on the other side.
+
+    Raises
+    ------
+    OSError
+        If the other side is gone.
+    """
+    # How much of the inline data each one is; -1: a descriptor.
+    sizes = [-1 if isinstance(buffer, int) else len(buffer) for buffer in buffers]
+    send(sock, {**message, "buffers": sizes}, descriptors(buffers), inline_data(buffers))
+
+
 def receive(sock: socket.socket) -> Received | None:
     """Receive one message; None if the other side is gone.
 
@@ -98,13 +111,8 @@ def _receive(sock: socket.socket) -> tuple[bytes, list[int], int, Any]:
         return socket.recv_fds(sock, size, MAX_FDS, flags)
 
 
-def describe(buffers: Iterable[Buffer]) -> list[int]:
-    """Return for each buffer how much of a message's inline data it is; -1: a descriptor."""
-    return [-1 if isinstance(buffer, int) else len(buffer) for buffer in buffers]
-
-
 def buffers_of(received: Received) -> list[Buffer]:
-    """Return the buffers that came with a message whose "buffers" are what `describe` returned."""
+    """Return the buffers that came with a message from `send_buffers`."""
     found: list[Buffer] = []
     left, start = iter(received.fds), 0
     for size in received.message["buffers"]:

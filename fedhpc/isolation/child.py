@@ -117,15 +117,13 @@ class Child:
             reply["last"] = last
             if last:
                 self._release_cores()
-            reply["buffers"] = channel.describe(buffers)
             reply["answered_s"] = time.monotonic()
-            fds, inline = channel.descriptors(buffers), channel.inline_data(buffers)
             try:
-                channel.send(self._sock, reply, fds, inline)
+                channel.send_buffers(self._sock, reply, buffers)
             except ConnectionError:
                 break
             finally:
-                channel.close_all(fds)
+                channel.close_all(buffers)
             if last:
                 break
         return 0

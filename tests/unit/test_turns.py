@@ -83,9 +83,9 @@ def test_nothing_is_bound_ahead_of_a_fit_whose_like_is_not_known(turns: Turns) -
     assert turns.bind_ahead(SLOTS[0]) == []
 
 
-def test_only_fits_of_a_kind_that_is_known_to_be_short_are_bound_ahead(turns: Turns) -> None:
+def test_only_fits_of_a_verb_that_is_known_to_be_short_are_bound_ahead(turns: Turns) -> None:
     give(turns, 2)
-    long = Held(grid_pb2.Work(), "long", {}, kind="another")
+    long = Held(grid_pb2.Work(), "long", {}, verb="another")
     turns.next(SLOTS[0], nothing)
     turns.ended(SLOTS[0], LIKE, 0.001)
     turns.give(long)
@@ -155,7 +155,6 @@ def stuck(turns: Turns) -> Turns:
     turns.ended(SLOTS[0], LIKE, 0.004)
     turns.next(SLOTS[0], nothing)
     assert tags(turns.bind_ahead(SLOTS[0])) == ["2", "3", "4", "5"]
-    turns.began(SLOTS[0])
     return turns
 
 
