@@ -234,8 +234,10 @@ class Children:
                     launcher.start_child(child.number, theirs, options)
                     if self._options.start_method == "spawn":
                         channel.send(ours, {**self._options.for_child(), **options})
-                except ConnectionError:
+                except OSError as error:
                     ours.close()
+                    if not isinstance(error, ConnectionError):
+                        raise
                     self._launcher = None  # it just died: the next try starts another
                     continue
             self._live[child.number] = child

@@ -109,8 +109,8 @@ class Launcher:
             for pid in marked:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
-        self._control.close()
         self._on_end()
+        self._control.close()  # not sooner: who asks for a child meanwhile is told that it is gone
 
     def _marked(self) -> list[int]:
         """Return the live processes that carry this fork server's mark."""

@@ -77,7 +77,7 @@ def test_a_ctrl_c_before_the_server_is_up_leaves_nothing(submitter: Submitter) -
 
 
 def test_a_killed_server_is_reported_and_its_array_tasks_leave(submitter: Submitter) -> None:
-    process = submitter.start(["federation.num_rounds=1000", "cluster.rendezvous_timeout_s=2"])
+    process = submitter.start(["federation.num_rounds=1000", "cluster.rendezvous_timeout_s=15"])
     eventually(lambda: list(submitter.runs_dir.glob("*/fits.jsonl")), 60)
     paths = submitter.newest()
     os.kill(read_json(paths.process("server"))["pid"], signal.SIGKILL)

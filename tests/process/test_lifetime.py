@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ import pytest
 from entries import GONE_WITHIN_S, SLOT, Background, call, wait_until
 
 from fedhpc.errors import FedHPCError, FitDied, PlatformError
-from fedhpc.isolation import ChildPool, PoolOptions, Slot
+from fedhpc.isolation import ChildPool, PoolOptions, Slot, channel
+from fedhpc.isolation.launcher import Launcher
 
 HERE = Path(__file__).parent
 METHODS = ["forkserver", "spawn"]
@@ -386,6 +388,27 @@ def test_a_call_right_after_the_death_of_a_fork_server_works(token: str) -> None
             if answer != 3:  # the call was given to the dying one
                 assert "fork server" in str(answer)
                 assert call(pool, "add", 1, 2, timeout_s=10) == 3
+
+
+def test_a_child_asked_for_while_the_fork_server_is_noted_to_be_dead_is_refused(token: str) -> None:
+    refusals: list[Exception] = []
+    noted = threading.Event()
+
+    def on_end() -> None:
+        ours, theirs = channel.pair()
+        with ours, theirs:
+            try:
+                launcher.start_child(1, theirs, {})
+            except Exception as error:
+                refusals.append(error)
+        noted.set()
+
+    options = PoolOptions(preload=())
+    launcher = Launcher(options.for_fork_server(), options.env(), lambda _: None, on_end)
+    os.kill(launcher.pid, signal.SIGKILL)
+    assert noted.wait(GONE_WITHIN_S)
+    launcher.close()
+    assert [isinstance(error, ConnectionError) for error in refusals] == [True], refusals
 
 
 @pytest.mark.parametrize("fits", [1, 0])
