@@ -6,6 +6,7 @@ memfd, which has no name, so nothing is left behind whoever dies, and which both
 copy. To make and map one takes longer than to copy a few pages, so small data goes as bytes.
 """
 
+import array
 import contextlib
 import errno
 import fcntl
@@ -13,6 +14,7 @@ import json
 import mmap
 import os
 import socket
+import threading
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -89,7 +91,7 @@ def receive(sock: socket.socket) -> Received | None:
         If the socket has a timeout and nothing came within it.
     """
     try:
-        data, fds, flags, _ = _receive(sock)
+        data, fds, flags = _receive(sock)
     except ConnectionError:
         return None
     if not data:
@@ -98,17 +100,43 @@ def receive(sock: socket.socket) -> Received | None:
         close_all(fds)
         raise OSError(errno.EMFILE, "no file descriptor is left for a buffer")
     end = _PREFIX + int.from_bytes(data[:_PREFIX], "little")
-    return Received(json.loads(data[_PREFIX:end]), list(fds), memoryview(data)[end:])
+    return Received(json.loads(data[_PREFIX:end]), fds, memoryview(data)[end:])
 
 
-def _receive(sock: socket.socket) -> tuple[bytes, list[int], int, Any]:
-    size, flags = _PREFIX + MAX_MESSAGE, socket.MSG_CMSG_CLOEXEC
+class _Room(threading.local):
+    """Where a thread receives.
+
+    Not in new memory for each message: what a fork server takes, its children do not get
+    (`fedhpc.isolation.image`).
+    """
+
+    def __init__(self) -> None:
+        self.buffer = bytearray(_PREFIX + MAX_MESSAGE)
+
+
+_room = _Room()
+
+
+def _receive(sock: socket.socket) -> tuple[bytes, list[int], int]:
     try:
-        return socket.recv_fds(sock, size, MAX_FDS, flags)
+        return _receive_once(sock)
     except ConnectionResetError:
         # The kernel tells first that the other side ended without reading all, and only then what
         # that side had sent.
-        return socket.recv_fds(sock, size, MAX_FDS, flags)
+        return _receive_once(sock)
+
+
+def _receive_once(sock: socket.socket) -> tuple[bytes, list[int], int]:
+    """Receive a datagram and its descriptors; Python 3.11's recv_fds forgets the flags."""
+    fds, buffer = array.array("i"), _room.buffer
+    size, ancillary, flags, _ = sock.recvmsg_into(
+        [buffer], socket.CMSG_LEN(MAX_FDS * fds.itemsize), socket.MSG_CMSG_CLOEXEC
+    )
+    for level, kind, data in ancillary:
+        if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+            fds.frombytes(data[: len(data) - len(data) % fds.itemsize])
+    with memoryview(buffer) as view:
+        return bytes(view[:size]), fds.tolist(), flags
 
 
 def buffers_of(received: Received) -> list[Buffer]:

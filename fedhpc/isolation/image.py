@@ -13,7 +13,14 @@ _HUGE_PAGE = 2 * MB
 _MERGED_AT_ONCE = 4 * _HUGE_PAGE  # 1 to 10 ms, for which a request may have to wait
 _LARGE = 64 * 1024
 _MMAP_THRESHOLD = 32 * MB  # the highest that there is; glibc's own rises to it by and by
-_ROOM = [16 * MB] * 4  # for what children allocate: addresses, which take no memory before that
+_ROOM = _MMAP_THRESHOLD - MB  # twice that for what children allocate: addresses, no memory yet
+_OWN = 64 * 1024  # for what this process still allocates
+# From large to small; of those up to 1,032 bytes glibc keeps some of each size apart.
+_SIZES_OF_HOLES = (*(2**n for n in range(16, 10, -1)), *range(1032, 23, -16))
+_MOST_HOLES = 32 * MB
+# Of a block of glibc's: it begins two of these before its address, the first of them still belongs
+# to the block before it, the second is its size.
+_WORD = 8
 
 
 class Image:
@@ -25,14 +32,19 @@ class Image:
 
     What a child writes to is copied a page at a time, and for what it allocates the kernel has to
     find and clear pages, 2.4 us each. malloc gives it first what was freed here: pages of garbage
-    that are copied too. So little is left to be freed here, and new memory comes from huge pages:
-    with the blitz CNN and 500 CIFAR-10 images 3,200 instead of 7,700 faults, and 104 instead of 118
-    ms of CPU for fork, fit and exit (2 cores; medians of 50 children of both kinds in turn).
+    that are copied too. So little is left to be freed here, holes that are left are filled, and new
+    memory comes from huge pages that this process has not written to: docs/performance.md has what
+    that is worth.
     """
 
     def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.malloc.restype = self._libc.sbrk.restype = ctypes.c_void_p
+        self._libc = libc = ctypes.CDLL(None, use_errno=True)
+        libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+        libc.malloc.argtypes = [ctypes.c_size_t]
+        libc.free.argtypes = [ctypes.c_void_p]
+        libc.realloc.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+        libc.malloc_usable_size.argtypes = [ctypes.c_void_p]
+        libc.malloc_usable_size.restype = ctypes.c_size_t
         self._unmerged: list[tuple[int, int]] = []  # addresses and lengths
 
     @contextlib.contextmanager
@@ -46,9 +58,10 @@ class Image:
 
     def settle(self) -> None:
         """Make what is in memory now, and what children allocate, cheap for them."""
-        self._unmerged = _own_memory()
         with contextlib.suppress(AttributeError):  # a C library of another kind
-            self._make_room()
+            self._libc.malloc_trim(0)
+        self._unmerged = _own_memory()
+        self._make_room()
 
     @property
     def is_settled(self) -> bool:
@@ -62,15 +75,34 @@ class Image:
 
     def _make_room(self) -> None:
         """Let the heap end in room for huge pages that nobody has written to yet."""
-        self._tell_malloc(_M_TRIM_THRESHOLD, 4 * sum(_ROOM))  # what is freed stays where it is
+        libc = self._libc
+        self._tell_malloc(_M_TRIM_THRESHOLD, 8 * _ROOM)  # what is freed stays where it is
         self._tell_malloc(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
-        end = self._libc.sbrk(0)
-        for block in [self._libc.malloc(ctypes.c_size_t(size)) for size in _ROOM]:
-            self._libc.free(ctypes.c_void_p(block))
-        start = -(-end // _HUGE_PAGE) * _HUGE_PAGE
-        length = (self._libc.sbrk(0) - start) // _HUGE_PAGE * _HUGE_PAGE
+        self._fill_holes()
+        own, first, second = (libc.malloc(size) or 0 for size in (_OWN, _ROOM, _ROOM))
+        is_at_end = second == first + libc.malloc_usable_size(first) + _WORD
+        libc.free(own)
+        libc.free(second)
+        if not is_at_end:  # a C library of another kind, or no memory
+            libc.free(first)
+            return
+        # What is up to the next huge page stays taken, so that the next block begins there, and
+        # glibc's notes of it end before: a huge page that was written to here would be copied in
+        # each child, a page at a time.
+        start = -(-(first + 4 * _WORD) // _HUGE_PAGE) * _HUGE_PAGE
+        libc.realloc(first, start - first - _WORD)
+        length = (libc.sbrk(0) - start) // _HUGE_PAGE * _HUGE_PAGE
         if length > 0:
             self._advise(start, length, _MADV_HUGEPAGE)
+
+    def _fill_holes(self) -> None:
+        """Take what is free in the heap before its end, for good."""
+        end = self._libc.malloc(_ROOM) or 0
+        self._libc.free(end)
+        left = _MOST_HOLES
+        for size in _SIZES_OF_HOLES:
+            while left > 0 and (self._libc.malloc(size) or end) < end:
+                left -= size
 
     def _tell_malloc(self, parameter: int, value: int) -> None:
         with contextlib.suppress(AttributeError):

@@ -334,6 +334,24 @@ def faults_of(megabytes: int) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
+def leave_holes(_: str) -> None:
+    """Free 8 MB between blocks that stay."""
+    blocks = [bytearray(4000) for _ in range(4000)]
+    _kept.append(blocks[::2])
+
+
+_kept: list[Any] = []
+
+
+@entry
+def faults_of_small_blocks(megabytes: int) -> int:
+    """Write to that much in blocks of 4000 bytes; return how often the kernel had to give some."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [bytearray(b"x") * 4000 for _ in range(megabytes * 2**20 // 4000)]
+    assert len(blocks) > megabytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
 @entry
 def environment(name: str) -> list[Any]:
     return [os.getpid(), os.environ.get(name)]

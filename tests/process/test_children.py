@@ -616,6 +616,31 @@ def test_what_a_child_allocates_comes_from_huge_pages() -> None:
     assert faults[True] < faults[False] / 4
 
 
+@pytest.mark.skipif(
+    "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="the kernel gives no huge pages",
+)
+def test_what_a_child_allocates_does_not_come_from_what_the_fork_server_freed() -> None:
+    faults = {}
+    for huge_pages in (True, False):
+        options = light(prepare="entries:leave_holes", prepare_early=True, huge_pages=huge_pages)
+        with ChildPool(options) as pool:
+            call(pool, "pid")  # the fork server has worked on requests before
+            faults[huge_pages] = call(pool, "faults_of_small_blocks", 4)
+    assert faults[False] > 4 * 256 * 0.8
+    assert faults[True] < faults[False] / 4
+
+
+def test_descriptors_that_came_with_a_call_are_not_for_programs_that_an_app_starts() -> None:
+    ours, theirs = channel.pair()
+    with ours, theirs, Path(os.devnull).open() as file:
+        channel.send(theirs, {}, [file.fileno()])
+        received = channel.receive(ours)
+        assert received is not None
+        assert [os.get_inheritable(fd) for fd in received.fds] == [False]
+        channel.close_all(received.fds)
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="glibc 2.33 tells")
 def test_what_was_freed_in_the_fork_server_leaves_no_holes() -> None:
     script = """
