@@ -13,7 +13,7 @@ from fedhpc.federation.experiment import Experiment, open_experiment
 from fedhpc.federation.mapped import record_of
 from fedhpc.isolation.devices import device_of_this_child
 from fedhpc.learning import metrics, training
-from fedhpc.learning.data import Split
+from fedhpc.learning.split import Split
 
 app = ClientApp()
 

@@ -13,7 +13,8 @@ from fedhpc import config
 from fedhpc.errors import PlatformError
 from fedhpc.files import read_json
 from fedhpc.learning import data, models, partitions, training
-from fedhpc.learning.data import Dataset, Split
+from fedhpc.learning.data import Dataset
+from fedhpc.learning.split import Split
 from fedhpc.paths import RunPaths
 
 
@@ -67,7 +68,8 @@ class Experiment:
         if federation.clients_per_evaluation:
             kept = max(1, round(len(indices) * federation.validation_fraction))
             indices = indices[-kept:] if validation else indices[:-kept]
-        return self.dataset.train.take(indices)
+        is_fresh = self.config.isolation.fits_per_process == 1
+        return self.dataset.train.take(indices, once=is_fresh)
 
     @cached_property
     def _model(self) -> torch.nn.Module:

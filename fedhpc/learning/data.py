@@ -11,12 +11,13 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 
 from fedhpc.errors import ConfigError, PlatformError
 from fedhpc.learning import lookup
+from fedhpc.learning.split import Split
 
 FORMAT = 2  # of the packed folder; a new number packs again instead of misreading an old folder
 _SPLITS = ("train", "test")
@@ -30,39 +31,6 @@ NAMES = ("digits", *_TORCHVISION, "image_folder")
 
 _Shape = tuple[int, ...]
 _Open = Callable[[str], IO[bytes]]
-
-
-@dataclass(frozen=True, eq=False)
-class Split:
-    """One half of a data set.
-
-    Attributes
-    ----------
-    images : ndarray
-        uint8, (N, C, H, W), read-only and memory-mapped.
-    labels : ndarray
-        int64, (N,), positions in the data set's classes.
-    """
-
-    images: np.ndarray
-    labels: np.ndarray
-
-    def take(self, rows: np.ndarray) -> "Split":
-        """Return copies of some examples.
-
-        Parameters
-        ----------
-        rows : ndarray
-            int64, 0 to N-1 each.
-
-        Raises
-        ------
-        PlatformError
-            If the file is shorter than it was.
-        """
-        if isinstance(self.images, np.memmap):
-            _check_length(self.images, rows)
-        return Split(np.asarray(self.images).take(rows, axis=0), self.labels[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,14 +266,6 @@ def _open_split(folder: Path, split: str) -> Split:
     if images.ndim != 4 or labels.shape != images.shape[:1]:
         raise ValueError(f"{split} has images {images.shape} and labels {labels.shape}")
     return Split(images, labels)
-
-
-def _check_length(images: np.memmap[Any, Any], rows: np.ndarray) -> None:
-    """Refuse rows that are not in the file any more: touching them would kill the process."""
-    last = int(rows.max(initial=-1))
-    needed = images.offset + (last + 1) * images[0].nbytes
-    if Path(str(images.filename)).stat().st_size < needed:
-        raise PlatformError(f"{images.filename} ends before example {last}")
 
 
 # --- where the examples come from ----------------------------------------------------------------

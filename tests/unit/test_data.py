@@ -105,21 +105,28 @@ def test_a_packed_data_set_is_uint8_int64_read_only_and_memory_mapped(tmp_path: 
         assert not split.images.flags.writeable
 
 
-def test_examples_that_are_taken_are_those_of_the_mapping(tmp_path: Path) -> None:
+@pytest.mark.parametrize("once", [True, False])
+@pytest.mark.parametrize("rows", [[3, 0, 1000, 3, 1441], [5, 6, 7, 2, 3, 9, 8], [0], []])
+def test_examples_that_are_taken_are_those_of_the_mapping(
+    rows: list[int], once: bool, tmp_path: Path
+) -> None:
     packed = data.open_dataset(data.prepare("digits", tmp_path))
-    rows = np.array([3, 0, 1000, 3, len(packed.train.labels) - 1])
-    taken = packed.train.take(rows)
+    taken = packed.train.take(np.array(rows, dtype=np.int64), once=once)
     np.testing.assert_array_equal(taken.images, np.asarray(packed.train.images)[rows])
     np.testing.assert_array_equal(taken.labels, packed.train.labels[rows])
-    assert taken.take(np.array([1])).labels.tolist() == [taken.labels[1]]
+    assert taken.images.flags.writeable
+    assert taken.take(np.arange(len(rows))[-1:]).labels.tolist() == taken.labels[-1:].tolist()
 
 
-def test_taking_examples_of_a_file_that_was_cut_is_a_clear_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("once", [True, False])
+def test_taking_examples_of_a_file_that_was_cut_is_a_clear_error(
+    once: bool, tmp_path: Path
+) -> None:
     folder = data.prepare("digits", tmp_path)
     packed = data.open_dataset(folder)
     os.truncate(folder / "train_images.npy", 1000)
     with pytest.raises(PlatformError, match="ends before example 900"):
-        packed.train.take(np.array([900]))
+        packed.train.take(np.array([900]), once=once)
 
 
 def test_mean_and_std_are_those_of_the_training_images_in_raw_units(tmp_path: Path) -> None:
