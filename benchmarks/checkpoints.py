@@ -59,7 +59,7 @@ def submit(sets: list[str], run_dir: Path | None = None) -> tuple[Path, float]:
     start_s = time.monotonic()
     if run_dir is None:
         sizes = ["federation.num_clients=8", "federation.clients_per_round=4"]
-        sets = [*sets, *sizes, "federation.evaluate_every=1000000"]
+        sets = [*sets, *sizes, "federation.evaluate_every=0"]
         run_dir = submitting.federate(CONFIG, sets, Path(FOLDER))
     else:
         more = [part for value in sets for part in ("--set", value)]

@@ -16,6 +16,7 @@ from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
@@ -127,7 +128,9 @@ class _Server:
 
         def evaluate(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
             if server_round == self._rounds:
-                evaluate_arrays(self._experiment, arrays, self._experiment.dataset.test)
+                test = self._experiment.dataset.test
+                workers = len(os.sched_getaffinity(0)) // torch.get_num_threads()
+                evaluate_arrays(self._experiment, arrays, test, workers)
             return None
 
         strategy.configure_train, strategy.aggregate_train = configure_train, aggregate_train

@@ -86,14 +86,14 @@ def federate(
     run_dir : Path
         Its folder.
     seconds : list of float
-        Of each round but the last, from the end of the one before it to its own end.
+        Of each round but the first and the last, from the end of the one before it to its own end.
     measured : Measured
         Of all its processes.
     """
-    sets = [*sets, f"federation.num_rounds={rounds}", "federation.evaluate_every=1000000"]
+    sets = [*sets, f"federation.num_rounds={rounds}", "federation.evaluate_every=0"]
     measured = measure(submitting.command(config, sets, runs_dir))
     run_dir = submitting.newest(runs_dir)
-    ends_s = [line["time_s"] for line in read_lines(run_dir / "metrics.jsonl")]
+    ends_s = [line["time_s"] for line in read_lines(run_dir / "metrics.jsonl") if line["round"]]
     return (
         run_dir,
         [end - begin for begin, end in pairwise(ends_s[:-1])],

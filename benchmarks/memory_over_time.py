@@ -29,7 +29,7 @@ def main() -> None:
     sets = [
         f"federation.num_clients={options.clients}",
         f"federation.num_rounds={options.rounds}",
-        "federation.evaluate_every=1000000",
+        "federation.evaluate_every=0",
         f"training.epochs={options.epochs}",
     ]
     if options.data:

@@ -127,6 +127,7 @@ def _run(
     for _ in range(3):
         if mode == "ray":
             seconds, digest, measured = _in_new_process("flower_simulation", run_dir, rounds)
+            seconds = seconds[1:]
         else:
             run_dir, seconds, measured = federate(config, [*sets, *SETS[mode]], runs_dir, rounds)
             digest = read_json(run_dir / "status.json")["model_sha256"]
@@ -139,7 +140,7 @@ def _run(
     else:
         sys.exit(1)
     return Run(
-        statistics.median(seconds[1:]),
+        statistics.median(seconds),
         measured.wall_s,
         measured.cpu_s,
         measured.peak_mb,

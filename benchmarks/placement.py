@@ -83,7 +83,7 @@ def federate(checkout: Path, folder: Path, options: argparse.Namespace) -> Path:
         "federation.num_clients": CLIENTS,
         "federation.clients_per_round": CLIENTS,
         "federation.num_rounds": options.rounds,
-        "federation.evaluate_every": 1_000_000,
+        "federation.evaluate_every": 0,
         "training.epochs": 1,
         "training.batch_size": 40,
         "isolation.slots": 2,

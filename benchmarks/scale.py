@@ -194,7 +194,7 @@ def _prepare(cell: Cell, sets: list[str], folder: Path) -> Path:
     ]
     if cell.real:
         config = HERE.parent / "configs" / "mnist.yaml"
-        sets += ["model={name: logistic}", "isolation.slots=2", "federation.evaluate_every=1000000"]
+        sets += ["model={name: logistic}", "isolation.slots=2", "federation.evaluate_every=0"]
         if cell.clients * 6 != 60_000:
             sizes = ", ".join(["6"] * cell.clients)
             sets.append(f"data.partitioner={{name: size, params: {{partition_sizes: [{sizes}]}}}}")

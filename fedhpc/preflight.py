@@ -2,7 +2,8 @@
 
 It imports torch, flwr and the partitioners, checks the config against what is installed, and
 prepares what all jobs of the run share: the packed data set and the partitions. What it finds goes
-to standard output as one JSON line.
+to standard output as one JSON line. Of a config that was found good before, submit itself prepares
+the data (`is_remembered`).
 """
 
 import contextlib
@@ -64,8 +65,6 @@ def check(paths: RunPaths) -> Findings:
     """Check a run folder's config and prepare its data."""
     findings = Findings()
     resolved = config.load(paths.config)
-    if _is_remembered(resolved, paths):
-        return findings
     from fedhpc.federation import apps
 
     with findings.collect():
@@ -134,10 +133,11 @@ def _check_builtin(resolved: config.Config, paths: RunPaths, findings: Findings)
             _remember(resolved, packed)
 
 
-def _is_remembered(resolved: config.Config, paths: RunPaths) -> bool:
-    """Prepare the data of a run whose like was checked before, without torch and flwr, if it was.
+def is_remembered(resolved: config.Config, paths: RunPaths) -> bool:
+    """Prepare the data of a run whose like was checked before, if it was; else it is to be checked.
 
-    They take seconds to import, and the findings would be the same.
+    For submit itself: a child, torch and flwr take seconds to start, and the findings would be the
+    same.
     """
     if not resolved.app.is_builtin or resolved.app.mods:  # code that may have changed
         return False

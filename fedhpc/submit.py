@@ -212,9 +212,12 @@ def _preflight(resolved: Config, paths: RunPaths, source: str) -> None:
     ConfigError, PlatformError
         What it found.
     """
+    from fedhpc import preflight
     from fedhpc.cluster import entries
 
     copied = resolved.snapshot
+    if not copied and preflight.is_remembered(resolved, paths):
+        return
     command = [sys.executable, *(["-P"] if copied else []), "-m", "fedhpc.preflight"]
     copy_env = entries.snapshot_env(paths, os.environ.get("PYTHONPATH")) if copied else {}
     try:

@@ -90,9 +90,10 @@ class Federation(Section):
         " clients_per_round have succeeded",
     )
     num_rounds: Positive = Field(10, description="rounds of training")
-    evaluate_every: Positive = Field(
+    evaluate_every: Count = Field(
         1,
-        description="evaluate the global model on the server every n-th round, and after the last",
+        description="evaluate the global model on the server before the first round, every n-th"
+        " round, and after the last; 0: after the last only",
     )
     overlap_evaluation: Literal["auto"] | StrictBool = Field(
         "auto",

@@ -92,7 +92,9 @@ def evaluate(message: Message, context: Context) -> Message:
     return Message(RecordDict({"metrics": record}), reply_to=message)
 
 
-def evaluate_arrays(experiment: Experiment, arrays: ArrayRecord, split: Split) -> dict[str, Any]:
+def evaluate_arrays(
+    experiment: Experiment, arrays: ArrayRecord, split: Split, workers: int = 1
+) -> dict[str, Any]:
     """Return the metrics of a model on some examples."""
     device = device_of_this_child()
     dataset = experiment.dataset
@@ -105,6 +107,7 @@ def evaluate_arrays(experiment: Experiment, arrays: ArrayRecord, split: Split) -
             std=dataset.std,
             num_classes=len(dataset.classes),
             device=device,
+            workers=workers,
         )
 
 

@@ -53,9 +53,9 @@ def main(grid: Grid, context: Context) -> None:
         arrays = model.initial(seeds.derive(settings.seed, "model"))
 
         def evaluate(server_round: int, current: ArrayRecord) -> MetricRecord | None:
-            due = server_round % federation.evaluate_every == 0
-            last = server_round == federation.num_rounds
-            return model.evaluate(current) if due or last else None
+            every, last = federation.evaluate_every, server_round == federation.num_rounds
+            due = last or (every > 0 and server_round % every == 0)
+            return model.evaluate(current) if due else None
 
         strategy.start(
             grid=grid,

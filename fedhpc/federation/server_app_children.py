@@ -2,8 +2,10 @@
 
 import json
 
+import torch
 from flwr.app import ArrayRecord
 
+from fedhpc import environment
 from fedhpc.federation import compat, seeds
 from fedhpc.federation.client_app import evaluate_arrays
 from fedhpc.federation.experiment import Experiment, open_experiment
@@ -33,4 +35,5 @@ def evaluate(skeleton: memoryview, blob: memoryview) -> list[list[BytesLike]]:
     records = compat.records_from_bytes(bytes(skeleton))
     arrays = decode_arrays(records.array_records["arrays"], blob)
     test = _experiment.dataset.test
-    return [[json.dumps(evaluate_arrays(_experiment, arrays, test)).encode()]]
+    workers = environment.current().cpus // torch.get_num_threads()
+    return [[json.dumps(evaluate_arrays(_experiment, arrays, test, workers)).encode()]]

@@ -1,17 +1,17 @@
 """How good a model is on labelled images."""
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from fedhpc.learning.training import Examples
 
 
-@torch.inference_mode()
 def evaluate(
     model: nn.Module,
     images: np.ndarray,
@@ -22,6 +22,7 @@ def evaluate(
     num_classes: int,
     device: torch.device,
     batch_size: int = 512,
+    workers: int = 1,
 ) -> dict[str, float | list[Any]]:
     """Evaluate a model; leaves it on ``device`` and in evaluation mode.
 
@@ -41,6 +42,9 @@ def evaluate(
         Where to compute.
     batch_size : int, default 512
         Examples at a time; changes the speed only.
+    workers : int, default 1
+        Batches at a time on the CPU, each with as many threads as torch has here; changes the speed
+        only, to the last bit.
 
     Returns
     -------
@@ -58,16 +62,25 @@ def evaluate(
     """
     model.to(device).eval()
     examples = Examples.on(device, images, labels, mean, std)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    predicted = []
-    for rows in torch.split(torch.arange(len(examples), device=device), batch_size):
+
+    @torch.inference_mode()
+    def evaluate_batch(rows: Tensor) -> tuple[Tensor, Tensor]:
         inputs, targets = examples.batch(rows)
         if device.type == "cpu":  # a quarter of the time less with convolutions
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         logits = model(inputs)
-        total.add_(functional.cross_entropy(logits, targets, reduction="sum"))
-        predicted.append(logits.argmax(dim=1))
-    predictions = torch.cat(predicted).cpu().numpy()
+        return functional.cross_entropy(logits, targets, reduction="sum"), logits.argmax(dim=1)
+
+    batches = torch.split(torch.arange(len(examples), device=device), batch_size)
+    if device.type == "cpu" and workers > 1 and len(batches) > 1:
+        with ThreadPoolExecutor(workers) as pool:
+            results = list(pool.map(evaluate_batch, batches))
+    else:
+        results = [evaluate_batch(rows) for rows in batches]
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for loss, _ in results:
+        total.add_(loss)
+    predictions = torch.cat([predicted for _, predicted in results]).cpu().numpy()
 
     # Not by scikit-learn: its import takes longer than the evaluations of a small run.
     cells = np.bincount(labels * num_classes + predictions, minlength=num_classes**2)

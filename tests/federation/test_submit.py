@@ -28,6 +28,14 @@ def test_a_followed_run_prints_its_rounds_and_ends_with_the_result(submitter: Su
     assert all(fit["ok"] and fit["late_imports"] == [] for fit in run.fits)
 
 
+def test_a_run_that_evaluates_its_last_model_only_says_so_once(submitter: Submitter) -> None:
+    run = submitter.run(["federation.num_rounds=2", "federation.evaluate_every=0"])
+    assert run.returncode == 0, run.output
+    assert [(line["round"], "evaluate" in line) for line in run.metrics] == [(1, False), (2, True)]
+    assert re.search(r"round 1: train_loss \d\.\d+  \(", run.output)
+    assert re.search(r"accuracy +0\.\d+", run.output)
+
+
 def test_secrets_are_the_owners_alone_and_a_run_leaves_neither_them_nor_a_process_nor_a_blob(
     submitter: Submitter,
 ) -> None:

@@ -1,6 +1,7 @@
 """Training and evaluation, against plain PyTorch and scikit-learn, on real digits."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -258,7 +259,9 @@ class Fixed(nn.Module):
         return functional.one_hot(answers, 4).float() * 10
 
 
-def evaluate(model: nn.Module, digits: data.Dataset, batch_size: int = 512) -> dict[str, Any]:
+def evaluate(
+    model: nn.Module, digits: data.Dataset, batch_size: int = 512, workers: int = 1
+) -> dict[str, Any]:
     return metrics.evaluate(
         model,
         digits.test.images,
@@ -268,6 +271,7 @@ def evaluate(model: nn.Module, digits: data.Dataset, batch_size: int = 512) -> d
         num_classes=10,
         device=CPU,
         batch_size=batch_size,
+        workers=workers,
     )
 
 
@@ -321,6 +325,17 @@ def test_the_loss_is_the_mean_cross_entropy_whatever_the_batch_size(digits: data
     assert small["loss"] == pytest.approx(expected, rel=1e-5)
     assert large["loss"] == pytest.approx(expected, rel=1e-5)
     assert small["confusion_matrix"] == large["confusion_matrix"]
+
+
+def test_several_batches_at_a_time_have_the_same_metrics_to_the_last_bit(
+    digits: data.Dataset,
+) -> None:
+    model = new_model()
+    alone, together = (
+        evaluate(model, digits, batch_size=16, workers=workers) for workers in (1, 4)
+    )
+    assert alone == together
+    assert not [t for t in threading.enumerate() if "ThreadPoolExecutor" in t.name]
 
 
 def test_metrics_are_plain_numbers_that_json_can_write(digits: data.Dataset) -> None:
