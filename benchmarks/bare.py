@@ -3,11 +3,12 @@
 It draws the same cohorts and the same random numbers as fedhpc and sums in the same order, so it
 ends in the same model, bit for bit; everything else is as fast as I could make it: images are
 normalised by batches (a tenth of a fit faster than at once, which needs 18 MB of new memory), there
-is no optimizer object, and the workers never end.
+is no optimizer object, the workers never end, and malloc keeps what is freed (a tenth faster).
 """
 
 import hashlib
 import multiprocessing
+import os
 import random
 import time
 from collections.abc import Sequence
@@ -18,6 +19,8 @@ import numpy as np
 
 from fedhpc.federation import seeds
 from fedhpc.federation.experiment import Experiment
+
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**26)}
 
 
 def work(run_dir: str, pipe: Connection) -> None:
@@ -74,6 +77,7 @@ def run(run_dir: Path, rounds: int, workers: int = 2) -> tuple[list[float], str]
     seeds.seed_all(seeds.derive(config.seed, "model"))
     state = experiment.new_model().state_dict()
     arrays = [tensor.numpy() for tensor in state.values()]
+    os.environ |= MALLOC
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for _ in range(workers):

@@ -4,7 +4,8 @@ Flower draws cohorts and numbers from generators that nobody seeds, and averages
 arrival. So that the model can be compared bit for bit, the strategy is seeded before it samples and
 is given the replies in client order, and the ClientApp is called inside one that seeds each fit, as
 fedhpc does. The engine's best settings: two actors of one core, no dashboard, a small object store,
-replies looked for every 10 ms (not 100), no checkpoints, no fit recorded.
+replies looked for every 10 ms (not 100), malloc keeps what is freed, no checkpoints, no fit
+recorded.
 """
 
 import hashlib
@@ -17,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
+from bare import MALLOC
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 
@@ -57,7 +59,7 @@ def _open(run_dir: str) -> tuple[Experiment, apps.ClientCallable]:
 
 def run(run_dir: Path, rounds: int) -> tuple[list[float], str]:
     """Run the federation of a run folder; return the seconds of each round and the checksum."""
-    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0"}
+    os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", **MALLOC}
     import ray  # noqa: F401
     import torch
     from flwr.simulation import run_simulation

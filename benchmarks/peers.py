@@ -87,7 +87,8 @@ def main() -> None:
     runs: dict[str, list[Run]] = {mode: [] for mode in modes}
     with tempfile.TemporaryDirectory() as folder:
         runs_dir = Path(folder)
-        model_dir, _, _ = federate(config, sets, runs_dir, 2)
+        # Its config is that of bare and ray too, whose processes are kept.
+        model_dir, _, _ = federate(config, [*sets, *SETS["kept"]], runs_dir, 2)
         for repeat in range(options.repeats):
             for mode in modes:
                 rounds = options.spawn_rounds if mode == "spawn" else options.rounds

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from fedhpc.isolation import channel, child, cuda, host_memory, preloading
-from fedhpc.isolation.image import Image
+from fedhpc.isolation.image import Image, keep_what_is_freed
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LESSON_TIMEOUT_S = 60.0
@@ -140,6 +140,8 @@ class ForkServer:
         gc.freeze()
         if self._image is not None:
             self._image.settle()
+        else:
+            keep_what_is_freed()
 
     def _learn(self, names: list[str]) -> None:
         """Import more modules, if it is worth it and another process found that they may be."""
