@@ -5,7 +5,6 @@ An ordinary Flower ClientApp; its run config has one key, ``run-dir``.
 
 from typing import Any
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -26,9 +25,21 @@ def train(message: Message, context: Context) -> Message:
     (arrays_key, arrays), *_ = message.content.array_records.items()
     model = experiment.model_with(arrays)
     examples = experiment.examples(int(context.node_config["partition-id"]))
-    epochs = experiment.config.training.epochs
+    settings = experiment.config.training
     with experiment.determinism(device):
-        measured = _train(experiment, model, examples, epochs, device, _proximal_mu(message))
+        measured = training.train(
+            model,
+            examples.images,
+            examples.labels,
+            mean=experiment.dataset.mean,
+            std=experiment.dataset.std,
+            epochs=settings.epochs,
+            batch_size=settings.batch_size,
+            optimizer=settings.optimizer.name,
+            optimizer_params=settings.optimizer.params,
+            device=device,
+            proximal_mu=_proximal_mu(message),
+        )
     content = RecordDict(
         {
             arrays_key: record_of(model.state_dict()),
@@ -38,45 +49,6 @@ def train(message: Message, context: Context) -> Message:
         }
     )
     return Message(content, reply_to=message)
-
-
-def rehearse(run_dir: str) -> None:
-    """Train one batch on the CPU, for what torch sets up at the first use of everything.
-
-    The model's weights are others afterwards; each fit loads its own.
-    """
-    experiment = open_experiment(run_dir)
-    examples = experiment.examples(0)
-    batch = experiment.config.training.batch_size
-    examples = Split(examples.images[:batch], examples.labels[:batch])
-    with torch.random.fork_rng(devices=[]):
-        model = experiment.model_with(ArrayRecord(experiment.new_model().state_dict()))
-        _train(experiment, model, examples, 1, torch.device("cpu"))
-    model.zero_grad()
-
-
-def _train(
-    experiment: Experiment,
-    model: torch.nn.Module,
-    examples: Split,
-    epochs: int,
-    device: torch.device,
-    proximal_mu: float = 0.0,
-) -> dict[str, float]:
-    settings = experiment.config.training
-    return training.train(
-        model,
-        examples.images,
-        examples.labels,
-        mean=experiment.dataset.mean,
-        std=experiment.dataset.std,
-        epochs=epochs,
-        batch_size=settings.batch_size,
-        optimizer=settings.optimizer.name,
-        optimizer_params=settings.optimizer.params,
-        device=device,
-        proximal_mu=proximal_mu,
-    )
 
 
 @app.evaluate()

@@ -1,7 +1,8 @@
 """What the two halves of the built-in app share: the run's data, model and hyperparameters."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -32,6 +33,7 @@ class Experiment:
         self.config = config.load(self.paths.config)
         if self.config.training.deterministic:  # here, as no fit may change the environment
             os.environ.setdefault(*training.CUBLAS_WORKSPACE)
+        self._rehearses = False
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -68,8 +70,22 @@ class Experiment:
         if federation.clients_per_evaluation:
             kept = max(1, round(len(indices) * federation.validation_fraction))
             indices = indices[-kept:] if validation else indices[:-kept]
+        if self._rehearses:
+            batch = self.config.training.batch_size
+            indices = indices[: batch + len(indices) % batch]
         is_fresh = self.config.isolation.fits_per_process == 1
         return self.dataset.train.take(indices, once=is_fresh)
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Let clients have no more examples than for a batch of each size, inside of it."""
+        self._rehearses = True
+        try:
+            with torch.random.fork_rng(devices=[]):
+                yield
+        finally:
+            self._rehearses = False
+            self._model.zero_grad()
 
     @cached_property
     def _model(self) -> torch.nn.Module:

@@ -3,11 +3,13 @@
 `fedhpc.isolation` calls `prepare` and `run` by name; the debug executor calls `execute`.
 """
 
+import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from flwr.app import Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
 
 from fedhpc import config
 from fedhpc.federation import apps, compat, grid_pb2, groups, seeds, updates
@@ -15,6 +17,9 @@ from fedhpc.federation.payload import Blob, BytesLike, Encodings, pack, unpack
 from fedhpc.files import write_atomic
 from fedhpc.isolation.devices import device_of_this_child
 from fedhpc.paths import RunPaths
+
+_REHEARSALS = 12
+_REHEARSAL_S = 0.15  # then no other one begins
 
 
 @dataclass(frozen=True)
@@ -51,10 +56,35 @@ def prepare(run_dir: str) -> None:
 
 
 def rehearse(run_dir: str) -> None:
-    """Train one batch with the built-in app, for what torch sets up at the first use of all."""
-    from fedhpc.federation import client_app
+    """Answer a message with the built-in app, for what is set up in the first calls of all.
 
-    client_app.rehearse(run_dir)
+    The kernels and buffers of torch are, at once; the interpreter adapts code that has run a dozen
+    times. Nothing comes of it: each fit loads its own weights and seeds its own random numbers.
+    """
+    from fedhpc.federation import client_app
+    from fedhpc.federation.experiment import open_experiment
+
+    experiment, paths = open_experiment(run_dir), RunPaths(Path(run_dir))
+    spec = apps.locate(experiment.config, paths)
+    compat.set_identity(paths.run_id)
+    # Without mods, which may not be imported here.
+    prepared = Prepared(experiment.config, paths, spec, client_app.app)
+    with experiment.rehearsing():
+        arrays = ArrayRecord(experiment.new_model().state_dict())
+        content = RecordDict({"arrays": arrays, "config": ConfigRecord()})
+        message = Message(content, dst_node_id=1, message_type="train")
+        compat.set_message_id(message, "rehearsal")
+        packed = pack(message, None, Encodings())
+        packed.payload.inline_bytes = sys.maxsize
+        work = grid_pb2.Work(payload=packed.payload.SerializeToString())
+        views = {blob.digest: memoryview(b"".join(blob.parts)) for blob in packed.blobs}
+        # Children that are kept adapt their code themselves.
+        repeats = _REHEARSALS if experiment.config.isolation.fits_per_process == 1 else 1
+        deadline_s = time.monotonic() + _REHEARSAL_S
+        for _ in range(repeats):
+            execute(prepared, work, views)
+            if time.monotonic() > deadline_s:
+                break
 
 
 def run(work: memoryview, *blobs: memoryview) -> list[Sequence[BytesLike]]:
