@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from fedhpc.learning.training import Examples
 
+_BATCHES_BYTES = 256_000_000  # as float32
+
 
 def evaluate(
     model: nn.Module,
@@ -43,8 +45,8 @@ def evaluate(
     batch_size : int, default 512
         Examples at a time; changes the speed only.
     workers : int, default 1
-        Batches at a time on the CPU, each with as many threads as torch has here; changes the speed
-        only, to the last bit.
+        Batches at a time on the CPU, each with as many threads as torch has here, fewer where they
+        are more than 256 MB; changes the speed only, to the last bit.
 
     Returns
     -------
@@ -72,7 +74,10 @@ def evaluate(
         return functional.cross_entropy(logits, targets, reduction="sum"), logits.argmax(dim=1)
 
     batches = torch.split(torch.arange(len(examples), device=device), batch_size)
-    if device.type == "cpu" and workers > 1 and len(batches) > 1:
+    # What a model makes of a batch takes several times as much again.
+    batch_bytes = 4 * batch_size * int(np.prod(images.shape[1:]))
+    workers = min(workers, len(batches), _BATCHES_BYTES // batch_bytes)
+    if device.type == "cpu" and workers > 1:
         with ThreadPoolExecutor(workers) as pool:
             results = list(pool.map(evaluate_batch, batches))
     else:
