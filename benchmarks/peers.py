@@ -122,17 +122,17 @@ def _has_auto() -> bool:
 
 
 def _run(
-    mode: str, config: Path, sets: list[str], runs_dir: Path, run_dir: Path, rounds: int
+    mode: str, config: Path, sets: list[str], runs_dir: Path, model_dir: Path, rounds: int
 ) -> Run:
     """Run a mode, then the same bare."""
     for _ in range(3):
         if mode == "ray":
-            seconds, digest, measured = _in_new_process("flower_simulation", run_dir, rounds)
+            seconds, digest, measured = _in_new_process("flower_simulation", model_dir, rounds)
             seconds = seconds[1:]
         else:
             run_dir, seconds, measured = federate(config, [*sets, *SETS[mode]], runs_dir, rounds)
             digest = read_json(run_dir / "status.json")["model_sha256"]
-        bare_seconds, bare_digest, bare = _in_new_process("bare", run_dir, rounds)
+        bare_seconds, bare_digest, bare = _in_new_process("bare", model_dir, rounds)
         if digest == bare_digest:
             break
         print(f"{mode} ended in another model than bare: {digest}, {bare_digest}", flush=True)

@@ -65,6 +65,8 @@ def check(paths: RunPaths) -> Findings:
     """Check a run folder's config and prepare its data."""
     findings = Findings()
     resolved = config.load(paths.config)
+    if is_remembered(resolved, paths):
+        return findings
     from fedhpc.federation import apps
 
     with findings.collect():
@@ -141,8 +143,8 @@ def is_remembered(resolved: config.Config, paths: RunPaths) -> bool:
     """
     if not resolved.app.is_builtin or resolved.app.mods:  # code that may have changed
         return False
-    with contextlib.suppress(FedHPCError, OSError, ValueError):
-        packed = _pack(resolved, download=False)
+    with contextlib.suppress(Exception):  # the check itself says what is wrong
+        packed = data.packed_folder(*_place_of_data(resolved))
         if _note_of_check(resolved, packed).exists():
             shares = partitions.load(_cached_partitions(resolved, packed))
             files.write_json(paths.data, {"packed": str(packed)})
@@ -175,9 +177,12 @@ def _digest(what: object) -> str:
 
 
 def _pack(resolved: config.Config, *, download: bool) -> Path:
+    return data.prepare(*_place_of_data(resolved), download=download)
+
+
+def _place_of_data(resolved: config.Config) -> tuple[str, Path, Path | None]:
     spec = resolved.data
-    source = Path(spec.source) if spec.source else None
-    return data.prepare(spec.name, Path(spec.root), source, download=download)
+    return spec.name, Path(spec.root), Path(spec.source) if spec.source else None
 
 
 def _partition(resolved: config.Config, packed: Path, dataset: data.Dataset) -> list[Any]:

@@ -33,7 +33,7 @@ def train(message: Message, context: Context) -> Message:
             examples.labels,
             mean=experiment.dataset.mean,
             std=experiment.dataset.std,
-            epochs=settings.epochs,
+            epochs=1 if experiment.rehearses else settings.epochs,
             batch_size=settings.batch_size,
             optimizer=settings.optimizer.name,
             optimizer_params=settings.optimizer.params,

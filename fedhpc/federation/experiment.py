@@ -26,6 +26,11 @@ class Experiment:
     ----------
     run_dir : Path
         The run folder.
+
+    Attributes
+    ----------
+    rehearses : bool
+        Whether fits are to be short, as nothing comes of them.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -33,7 +38,7 @@ class Experiment:
         self.config = config.load(self.paths.config)
         if self.config.training.deterministic:  # here, as no fit may change the environment
             os.environ.setdefault(*training.CUBLAS_WORKSPACE)
-        self._rehearses = False
+        self.rehearses = False
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -70,7 +75,7 @@ class Experiment:
         if federation.clients_per_evaluation:
             kept = max(1, round(len(indices) * federation.validation_fraction))
             indices = indices[-kept:] if validation else indices[:-kept]
-        if self._rehearses:
+        if self.rehearses:
             batch = self.config.training.batch_size
             indices = indices[: batch + len(indices) % batch]
         is_fresh = self.config.isolation.fits_per_process == 1
@@ -78,13 +83,13 @@ class Experiment:
 
     @contextmanager
     def rehearsing(self) -> Iterator[None]:
-        """Let clients have no more examples than for a batch of each size, inside of it."""
-        self._rehearses = True
+        """Let fits have one epoch, with a batch of each size and few examples, inside of it."""
+        self.rehearses = True
         try:
             with torch.random.fork_rng(devices=[]):
                 yield
         finally:
-            self._rehearses = False
+            self.rehearses = False
             self._model.zero_grad()
 
     @cached_property

@@ -19,6 +19,7 @@ from fedhpc.errors import PlatformError
 from fedhpc.isolation import admission, channel, cuda, host_memory, preloading
 from fedhpc.isolation.calls import EXIT_CUDA_BEFORE_SLOT
 from fedhpc.isolation.cleanliness import Cleanliness
+from fedhpc.isolation.image import keep_what_is_freed
 from fedhpc.isolation.locks import SlotGroup
 from fedhpc.isolation.nvml import Reading
 
@@ -34,6 +35,7 @@ def main() -> None:
     """Serve as a spawned child: a new interpreter with its channel's number as argument."""
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.set_inheritable(False)
+    keep_what_is_freed()
     code = 1
     try:
         received = channel.receive(sock)

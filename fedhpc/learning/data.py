@@ -87,8 +87,7 @@ def prepare(name: str, root: Path, source: Path | None = None, *, download: bool
     PlatformError
         If a data set is missing and could not be downloaded, or the disk refuses it.
     """
-    _check_request(name, source)
-    folder = root / "packed" / f"{name}-{_fingerprint(name, source)}"
+    folder = packed_folder(name, root, source)
     if folder.is_dir():
         return folder
     with _lock(folder), _moved_into_place(folder) as beside:
@@ -96,6 +95,12 @@ def prepare(name: str, root: Path, source: Path | None = None, *, download: bool
             classes = _write_splits(name, beside, root, source, download)
             _write_meta(beside, name, classes)
     return folder
+
+
+def packed_folder(name: str, root: Path, source: Path | None = None) -> Path:
+    """Return the folder that `prepare` returns, which need not be there; see there."""
+    _check_request(name, source)
+    return root / "packed" / f"{name}-{_fingerprint(name, source)}"
 
 
 def open_dataset(folder: Path) -> Dataset:
