@@ -50,8 +50,6 @@ class SeededClient:
 
 @lru_cache(maxsize=1)
 def _open(run_dir: str) -> tuple[Experiment, apps.ClientCallable]:
-    import torch
-
     torch.set_num_threads(1)
     experiment = open_experiment(run_dir)
     return experiment, apps.load_client(apps.locate(experiment.config, experiment.paths))
@@ -61,7 +59,6 @@ def run(run_dir: Path, rounds: int) -> tuple[list[float], str]:
     """Run the federation of a run folder; return the seconds of each round and the checksum."""
     os.environ |= {"FLWR_TELEMETRY_ENABLED": "0", "RAY_USAGE_STATS_ENABLED": "0", **MALLOC}
     import ray  # noqa: F401
-    import torch
     from flwr.simulation import run_simulation
 
     torch.set_num_threads(1)

@@ -326,11 +326,12 @@ def pid() -> int:
 
 
 @entry
-def faults_of(megabytes: int) -> int:
+def faults_of(megabytes: int, block_bytes: int = 2**20) -> int:
     """Write to that much new memory, and return how often the kernel had to give some."""
+    count = megabytes * 2**20 // block_bytes
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [bytearray(b"x") * 2**20 for _ in range(megabytes)]
-    assert len(blocks) == megabytes
+    blocks = [bytearray(b"x") * block_bytes for _ in range(count)]
+    assert len(blocks) == count > 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
@@ -341,15 +342,6 @@ def leave_holes(_: str) -> None:
 
 
 _kept: list[Any] = []
-
-
-@entry
-def faults_of_small_blocks(megabytes: int) -> int:
-    """Write to that much in blocks of 4000 bytes; return how often the kernel had to give some."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    blocks = [bytearray(b"x") * 4000 for _ in range(megabytes * 2**20 // 4000)]
-    assert len(blocks) > megabytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 
 @entry

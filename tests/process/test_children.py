@@ -27,6 +27,11 @@ from fedhpc.isolation.calls import DEFAULT_PRELOAD
 HERE = Path(__file__).parent
 METHODS = ["forkserver", "spawn"]
 
+needs_huge_pages = pytest.mark.skipif(
+    "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
+    reason="the kernel gives no huge pages",
+)
+
 
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
@@ -603,10 +608,7 @@ def test_slots_run_side_by_side() -> None:
         assert time.monotonic() - began_s < 2.5
 
 
-@pytest.mark.skipif(
-    "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
-    reason="the kernel gives no huge pages",
-)
+@needs_huge_pages
 def test_what_a_child_allocates_comes_from_huge_pages() -> None:
     faults = {}
     for huge_pages in (True, False):
@@ -616,17 +618,14 @@ def test_what_a_child_allocates_comes_from_huge_pages() -> None:
     assert faults[True] < faults[False] / 4
 
 
-@pytest.mark.skipif(
-    "[never]" in Path("/sys/kernel/mm/transparent_hugepage/enabled").read_text(),
-    reason="the kernel gives no huge pages",
-)
+@needs_huge_pages
 def test_what_a_child_allocates_does_not_come_from_what_the_fork_server_freed() -> None:
     faults = {}
     for huge_pages in (True, False):
         options = light(prepare="entries:leave_holes", prepare_early=True, huge_pages=huge_pages)
         with ChildPool(options) as pool:
             call(pool, "pid")  # the fork server has worked on requests before
-            faults[huge_pages] = call(pool, "faults_of_small_blocks", 4)
+            faults[huge_pages] = call(pool, "faults_of", 4, 4000)
     assert faults[False] > 4 * 256 * 0.8
     assert faults[True] < faults[False] / 4
 
