@@ -140,8 +140,7 @@ class Echo:
             (path := self._paths.result_blob(work.message_id, blob.digest)).unlink(missing_ok=True)
             path.hardlink_to(self._paths.blob(blob.digest))
         else:
-            for chunk in link.chunks(blob.digest, [blobs[blob.digest]]):
-                yield grid_pb2.FromArrayTask(chunk=chunk)
+            yield from link.pieces(blob.digest, [blobs[blob.digest]])
         yield grid_pb2.FromArrayTask(result=result)
 
     async def _write(

@@ -201,8 +201,7 @@ class Fits:
                     continue
                 held.result = result
                 if held.wanted:
-                    # Nobody waits for it while this slot finds its next fit here already.
-                    self._send(held, result, urgent=not self._turns.has_next(slot))
+                    self._send(held, result, within_s=self._turns.time_to_tell_s(slot))
 
     def _capacity(self) -> int:
         """See `capacity`; the lock is held."""
@@ -222,7 +221,7 @@ class Fits:
             slots = grid_pb2.Slots(slots=self._capacity())
             self._link.send([grid_pb2.FromArrayTask(slots=slots)])
 
-    def _send(self, held: Held, result: Result, *, urgent: bool = True) -> None:
+    def _send(self, held: Held, result: Result, *, within_s: float = 0.0) -> None:
         """Send a result; the lock is held."""
         if self._link is not None:
             try:
@@ -230,7 +229,7 @@ class Fits:
             except OSError as error:
                 self._give_up(held, f"its result could not be read: {error}")
             else:
-                self._link.send(events, urgent=urgent)
+                self._link.send(events, within_s=within_s)
 
     def _give_up(self, held: Held, reason: str) -> None:
         """Let another array task have a fit, unless it was cancelled; the lock is held."""

@@ -42,6 +42,8 @@ class Follower:
         self._local = self._cluster.executor != "slurm"
         self._console = console
         self._rounds_shown = 0
+        self._rounds: list[Any] = []
+        self._rounds_read: tuple[int, int] | None = None
         self._start_s = time.monotonic()
         self._pause_s = _ASK_LOCAL_S if self._local else _FIRST_ASK_SLURM_S
         self._ask_s = self._start_s + self._pause_s
@@ -145,7 +147,7 @@ class Follower:
             if self._waiting:
                 progress.update(rounds, note=self._waiting)
             return
-        done = sum(1 for line in files.read_lines(self._paths.metrics) if line["round"] > 0)
+        done = sum(1 for line in self._lines() if line["round"] > 0)
         total = status.get("num_rounds") or None
         note = words.summary(status.get("metrics") or {})
         if total and status.get("round_s"):
@@ -162,8 +164,20 @@ class Follower:
             note=f"{failed} failed so far" if failed else "",
         )
 
+    def _lines(self) -> list[Any]:
+        """Return what is known of the rounds; here the file is read only where it has changed."""
+        read = None
+        if self._local:
+            with contextlib.suppress(OSError):
+                found = self._paths.metrics.stat()
+                read = found.st_size, found.st_mtime_ns
+        if read is None or read != self._rounds_read:
+            self._rounds = list(files.read_lines(self._paths.metrics))
+            self._rounds_read = read
+        return self._rounds
+
     def _print_rounds(self, _status: dict[str, Any]) -> None:
-        lines = list(files.read_lines(self._paths.metrics))
+        lines = self._lines()
         for line in lines[self._rounds_shown :]:
             metrics = line.get("evaluate") or line.get("evaluate_clients") or line.get("train", {})
             self._console.print(
@@ -174,7 +188,7 @@ class Follower:
 
     def print_result(self, status: dict[str, Any]) -> None:
         """Print the table of results."""
-        lines = list(files.read_lines(self._paths.metrics))
+        lines = self._lines()
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")

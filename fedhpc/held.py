@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from fedhpc import files
 from fedhpc.errors import PlatformError
 from fedhpc.federation import grid_pb2
-from fedhpc.federation.link import chunks
+from fedhpc.federation.link import Event, pieces
 from fedhpc.isolation import Reply, Slot, channel
 from fedhpc.paths import RunPaths
 
@@ -26,16 +26,15 @@ class Result:
     message: grid_pb2.Result
     blobs: list[channel.Buffer] = field(default_factory=list)
 
-    def events(self) -> Iterator[grid_pb2.FromArrayTask]:
+    def events(self) -> Iterator[Event]:
         """Return what to send; it stays valid when the result is forgotten meanwhile."""
         digests = [blob.digest for blob in self.message.blobs if not blob.in_file]
         views = [channel.view(blob) for blob in self.blobs]
         return self._events(list(zip(digests, views, strict=True)))
 
-    def _events(self, blobs: list[tuple[str, memoryview]]) -> Iterator[grid_pb2.FromArrayTask]:
+    def _events(self, blobs: list[tuple[str, memoryview]]) -> Iterator[Event]:
         for digest, view in blobs:
-            for chunk in chunks(digest, [view]):
-                yield grid_pb2.FromArrayTask(chunk=chunk)
+            yield from pieces(digest, [view])
         yield grid_pb2.FromArrayTask(result=self.message)
 
     def missing_files(self, paths: RunPaths) -> list[str]:

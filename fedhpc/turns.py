@@ -14,6 +14,10 @@ from fedhpc.isolation import Slot
 # together. Bound to a slot are at most so many, which shall take so long.
 _MOST_AHEAD = 6
 _AHEAD_S = 0.02
+# How long results may wait for others: each message on its own costs the server and the array task
+# 2 ms of CPU.
+_LEAST_UNTOLD_S = 0.01
+_MOST_UNTOLD_S = 0.05
 
 
 class Turns:
@@ -107,10 +111,16 @@ class Turns:
             self._since_s.pop(slot.index, None)
             self._took_s[held.verb] = _AHEAD_S if took_s is None else took_s
 
-    def has_next(self, slot: Slot) -> bool:
-        """Return whether a slot's next fit is here already."""
+    def time_to_tell_s(self, slot: Slot) -> float:
+        """Return how long the server need not know that a slot's fit has ended.
+
+        That is half of the next fit, as far as is known, if it is here already.
+        """
         with self._lock:
-            return bool(self._ahead[slot.index] or self._waiting)
+            following = self._ahead[slot.index] or self._waiting
+            if not following:
+                return 0.0
+            return min(max(_LEAST_UNTOLD_S, self._expected_s(following[0]) / 2), _MOST_UNTOLD_S)
 
     def lose(self, slots: Sequence[Slot]) -> list[Slot]:
         """Give the fits of slots that are lost to others; return those that are left."""

@@ -10,7 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import grpc
 
@@ -27,38 +27,72 @@ OPTIONS: list[tuple[str, int | str]] = [
 ]
 
 _GOODBYE_S = 1.0
-_LINGER_S = 0.01
 
-Event = grid_pb2.FromArrayTask
 B = TypeVar("B", grid_pb2.BatchFromArrayTask, grid_pb2.BatchToArrayTask)
 
 
-def chunks(
-    digest: str, parts: Iterable[bytes | bytearray | memoryview]
-) -> Iterator[grid_pb2.Chunk]:
-    """Split a blob's bytes into messages of at most `CHUNK` bytes."""
+class Piece(NamedTuple):
+    """A part of a blob, on its way to be a `grid_pb2.Chunk`.
+
+    Attributes
+    ----------
+    digest : str
+        Of the blob.
+    size, offset : int
+        Bytes of the blob, and where in it this part begins.
+    data : memoryview
+        At most `CHUNK` bytes.
+    """
+
+    digest: str
+    size: int
+    offset: int
+    data: memoryview
+
+
+def pieces(digest: str, parts: Iterable[bytes | bytearray | memoryview]) -> Iterator[Piece]:
+    """Split a blob's bytes into parts of at most `CHUNK` bytes."""
     views = [memoryview(part).cast("B") for part in parts if len(part)]
     size = sum(map(len, views))
     offset = 0
     for view in views:
         for start in range(0, len(view), CHUNK):
-            data = bytes(view[start : start + CHUNK])
-            yield grid_pb2.Chunk(digest=digest, size=size, offset=offset, data=data)
+            data = view[start : start + CHUNK]
+            yield Piece(digest, size, offset, data)
             offset += len(data)
 
 
 def batches(kind: type[B], events: Iterable[Any]) -> Iterator[B]:
-    """Gather events into batches of about `CHUNK` bytes; one that is larger is a batch itself."""
+    """Gather events into batches of about `CHUNK` bytes; one that is larger is a batch itself.
+
+    Parameters
+    ----------
+    kind : type
+        Of the batches.
+    events : iterable
+        Messages of the type that they hold, and `Piece`: those become chunks here, as protobuf
+        copies a message whenever it is put into another one or asked for its size.
+    """
     batch, size = kind(), 0
     for event in events:
-        more = event.ByteSize()
+        more = len(event.data) if isinstance(event, Piece) else event.ByteSize()
         if size and size + more > CHUNK:
             yield batch
             batch, size = kind(), 0
-        batch.events.append(event)
+        if isinstance(event, Piece):
+            chunk = batch.events.add().chunk
+            chunk.digest, chunk.size, chunk.offset = event[:3]
+            chunk.data = bytes(event.data)
+        else:
+            batch.events.append(event)
         size += more
     if batch.events:
         yield batch
+
+
+Event = grid_pb2.FromArrayTask | Piece
+# Messages, and the seconds that they may wait for more to go with them; None is the end.
+_Outgoing = tuple[Iterator[Event] | None, float]
 
 
 class LinkClient:
@@ -89,9 +123,9 @@ class LinkClient:
         self.address = address
         self._waiting = waiting
         self._liveness_timeout_s = liveness_timeout_s
-        self._outgoing: queue.SimpleQueue[Iterator[Event] | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[_Outgoing] = queue.SimpleQueue()
         self._urgent = threading.Event()
-        self.send([Event(hello=hello)])
+        self.send([grid_pb2.FromArrayTask(hello=hello)])
         self._channel = grpc.secure_channel(
             address,
             credentials,
@@ -135,30 +169,30 @@ class LinkClient:
         finally:
             self._ended.set()
 
-    def send(self, events: Iterable[Event], *, urgent: bool = True) -> None:
+    def send(self, events: Iterable[Event], *, within_s: float = 0.0) -> None:
         """Queue messages; they are made when the stream has room for them.
 
         Parameters
         ----------
-        events : iterable of FromArrayTask
+        events : iterable of FromArrayTask or Piece
             The messages.
-        urgent : bool
-            Whether somebody waits for them. Others wait for more to go with them, up to 10 ms.
+        within_s : float, default 0
+            Where nobody waits for them: how many seconds they may wait for more to go with them.
         """
-        self._outgoing.put(iter(events))
-        if urgent:
+        self._outgoing.put((iter(events), within_s))
+        if not within_s:
             self._urgent.set()
 
     def leave(self, reason: str) -> None:
         """Say goodbye, so that no fit is blamed for the end of the stream, and end it."""
-        self.send([Event(goodbye=grid_pb2.Goodbye(reason=reason))])
+        self.send([grid_pb2.FromArrayTask(goodbye=grid_pb2.Goodbye(reason=reason))])
         self._ended.wait(_GOODBYE_S)
         self.close()
 
     def close(self) -> None:
         """End the stream."""
         self._closed.set()
-        self._outgoing.put(None)
+        self._outgoing.put((None, 0.0))
         self._urgent.set()
         self._call.cancel()
         self._channel.close()
@@ -173,12 +207,13 @@ class LinkClient:
 
     def _gather(self) -> list[Iterator[Event] | None]:
         """Wait for messages; return all that there are, up to the None at the end."""
-        found = [self._outgoing.get()]
-        self._urgent.wait(_LINGER_S)  # one wait, as each that comes meanwhile would wake it
+        events, within_s = self._outgoing.get()
+        found = [events]
+        self._urgent.wait(within_s)  # one wait, as each that comes meanwhile would wake it
         self._urgent.clear()  # before what is urgent is taken: it is set when that is there
         with contextlib.suppress(queue.Empty):
             while found[-1] is not None:
-                found.append(self._outgoing.get_nowait())
+                found.append(self._outgoing.get_nowait()[0])
         return found
 
     def _keep_alive(self) -> None:
@@ -189,7 +224,8 @@ class LinkClient:
                 # We were stalled ourselves, and read nothing meanwhile: that is not the server's.
                 self._heard_s = min(self._heard_s + now_s - looked_s, now_s)
             looked_s = now_s
-            self.send([Event(heartbeat=grid_pb2.Heartbeat(waiting=self._waiting()))])
+            beat = grid_pb2.Heartbeat(waiting=self._waiting())
+            self.send([grid_pb2.FromArrayTask(heartbeat=beat)])
             if now_s - self._heard_s > self._liveness_timeout_s:
                 self._call.cancel()
                 return

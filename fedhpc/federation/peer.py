@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from fedhpc.errors import PlatformError
 from fedhpc.federation import grid_pb2
-from fedhpc.federation.link import chunks
+from fedhpc.federation.link import Piece, pieces
 from fedhpc.federation.payload import BytesLike
 from fedhpc.federation.transport import Response
 
@@ -90,7 +90,7 @@ class Peer:
         waiting: Iterable[grid_pb2.ToArrayTask | None],
         is_wanted: Callable[[str], bool],
         parts: Callable[[str], Iterable[BytesLike]],
-    ) -> Iterator[grid_pb2.ToArrayTask]:
+    ) -> Iterator[grid_pb2.ToArrayTask | Piece]:
         """Yield what is to be written, and before it the blobs that are not there yet.
 
         Parameters
@@ -111,8 +111,7 @@ class Peer:
                 for blob in event.work.blobs:
                     if blob.in_file or blob.digest in self.sent:
                         continue
-                    for chunk in chunks(blob.digest, parts(blob.digest)):
-                        yield grid_pb2.ToArrayTask(chunk=chunk)
+                    yield from pieces(blob.digest, parts(blob.digest))
                     self.sent.add(blob.digest)
             yield event
 
@@ -125,7 +124,12 @@ class Peer:
                 f"a chunk of {chunk.digest[:12]} at {chunk.offset} of {chunk.size} bytes was not"
                 f" expected after {len(buffer)} bytes"
             )
-        buffer += chunk.data
+        data = chunk.data
+        if len(data) == chunk.size:
+            del self._arriving[chunk.digest]
+            self._arrived[chunk.digest] = memoryview(data)
+            return
+        buffer += data
         if len(buffer) == chunk.size:
             self._arrived[chunk.digest] = memoryview(self._arriving.pop(chunk.digest))
 

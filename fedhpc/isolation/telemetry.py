@@ -23,8 +23,8 @@ INTERVAL_S = 0.5
 _OWN_INTERVAL_S = 5.0
 _LIMITED_INTERVAL_S = 0.2  # where a child may have to be killed
 # So much longer than samples take are the times between them: with kept children, which cost 5 ms
-# each, they are 1 % of a core; where a child may have to be killed they may be more.
-_LONGER_THAN_A_SAMPLE = 100
+# each, they are half a percent of a core; where a child may have to be killed they may be more.
+_LONGER_THAN_A_SAMPLE = 200
 _LONGER_THAN_A_LIMITED_SAMPLE = 4
 _IDLE_INTERVAL_S = 0.1  # between samples of moments in which nothing runs: tiny fits had one each
 _GATHERED_S = 0.2  # one by one they were 5 % of an array task's CPU with tiny fits

@@ -336,7 +336,6 @@ def test_an_array_task_that_comes_back_keeps_what_it_holds(service: Service) -> 
 def test_what_nobody_waits_for_travels_with_what_is_urgent(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(link, "_LINGER_S", 5.0)
     took: queue.Queue[int] = queue.Queue()
     take = service.links._take
 
@@ -351,14 +350,13 @@ def test_what_nobody_waits_for_travels_with_what_is_urgent(
     slots = [grid_pb2.FromArrayTask(slots=grid_pb2.Slots(slots=SLOTS))]
     began_s = time.monotonic()
     for _ in range(3):
-        peer.client.send(slots, urgent=False)
+        peer.client.send(slots, within_s=5.0)
         time.sleep(0.05)
     assert took.empty()
     peer.client.send(slots)
     assert took.get(timeout=4) == 4
     assert time.monotonic() - began_s < 4
-    monkeypatch.setattr(link, "_LINGER_S", 0.1)
-    peer.client.send(slots, urgent=False)
+    peer.client.send(slots, within_s=0.1)
     assert took.get(timeout=4) == 1
 
 

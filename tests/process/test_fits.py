@@ -47,7 +47,7 @@ class Link:
         self.results: dict[int, grid_pb2.Result] = {}
         self.handed_back: list[str] = []
 
-    def send(self, events: Any, *, urgent: bool = True) -> None:
+    def send(self, events: Any, *, within_s: float = 0.0) -> None:
         for event in events:
             if event.HasField("slots"):
                 self.slots.append(event.slots.slots)

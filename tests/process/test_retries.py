@@ -84,7 +84,7 @@ class Link:
         self.backs: list[grid_pb2.HandBack] = []
         self.came = threading.Event()
 
-    def send(self, events: Any, *, urgent: bool = True) -> None:
+    def send(self, events: Any, *, within_s: float = 0.0) -> None:
         for event in events:
             if event.HasField("result"):
                 self.results.append(event.result)

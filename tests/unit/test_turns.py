@@ -71,7 +71,19 @@ def test_as_many_are_bound_ahead_as_take_a_moment(turns: Turns, took_s: float, c
     turns.ended(SLOTS[0], LIKE, took_s)
     turns.next(SLOTS[0], nothing)
     assert tags(turns.bind_ahead(SLOTS[0])) == [f"{n}" for n in range(2, 2 + count)]
-    assert turns.has_next(SLOTS[0])
+    assert turns.time_to_tell_s(SLOTS[0]) > 0
+
+
+@pytest.mark.parametrize(("took_s", "within_s"), [(0.001, 0.01), (0.06, 0.03), (60.0, 0.05)])
+def test_a_result_waits_for_others_up_to_half_of_the_next_fit(
+    turns: Turns, took_s: float, within_s: float
+) -> None:
+    give(turns, 2)
+    turns.next(SLOTS[0], nothing)
+    turns.ended(SLOTS[0], LIKE, took_s)
+    assert turns.time_to_tell_s(SLOTS[0]) == within_s
+    turns.next(SLOTS[0], nothing)
+    assert turns.time_to_tell_s(SLOTS[0]) == 0  # the slot waits for the server
 
 
 def test_nothing_is_bound_ahead_of_a_fit_whose_like_is_not_known(turns: Turns) -> None:
@@ -128,7 +140,7 @@ def test_nothing_is_bound_ahead_where_each_fit_has_a_process_of_its_own(clock: C
     turns.next(SLOTS[0], nothing)
     turns.ended(SLOTS[0], LIKE, 0.001)
     assert turns.bind_ahead(SLOTS[0]) == []
-    assert turns.has_next(SLOTS[0])
+    assert turns.time_to_tell_s(SLOTS[0]) > 0
 
 
 def test_what_is_bound_ahead_comes_next_and_before_what_waits(turns: Turns) -> None:
