@@ -1,14 +1,16 @@
 """What is wrong with a client's reply: values that are no numbers, names and shapes of its own."""
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
-from flwr.app import Array, ArrayRecord, RecordDict
+from flwr.app import Array, ArrayRecord, MetricRecord, RecordDict
 
 from fedhpc.federation import compat
 from fedhpc.federation.cohort import Answer
+from fedhpc.federation.conventions import records_of
 from fedhpc.federation.mapped import layout_of
 
 _Name = tuple[str, str]  # of a record, and of what is in it
@@ -35,7 +37,7 @@ def non_finite(reply: RecordDict, sent: Callable[[], RecordDict]) -> str:
     """
     count, total, first = 0, 0, ""
     asked: RecordDict | None = None
-    for record, arrays in reply.array_records.items():
+    for record, arrays in records_of(reply, ArrayRecord).items():
         for name, array in arrays.items():
             if (values := _floats(array)) is None:
                 continue
@@ -44,7 +46,8 @@ def non_finite(reply: RecordDict, sent: Callable[[], RecordDict]) -> str:
             if good.all():
                 continue
             asked = sent() if asked is None else asked
-            before = asked.array_records[record].get(name) if record in asked else None
+            sent_arrays = records_of(asked, ArrayRecord).get(record)
+            before = None if sent_arrays is None else sent_arrays.get(name)
             known = None if before is None else _floats(before)
             if known is not None and known.shape == values.shape:
                 good |= np.isinf(values) & (known == values)
@@ -179,7 +182,7 @@ def _arrays_of(records: RecordDict) -> _Layout:
 def _metrics_of(records: RecordDict) -> _Layout:
     return {
         (record, name): ("", (len(value),) if isinstance(value, list) else ())
-        for record, metrics in records.metric_records.items()
+        for record, metrics in records_of(records, MetricRecord).items()
         for name, value in metrics.items()
     }
 
@@ -195,5 +198,5 @@ def _floats(array: Array) -> np.ndarray | None:
     if dtype.kind not in "fc":
         return None
     data = array.data
-    start = len(data) - int(np.prod(array.shape)) * dtype.itemsize  # behind npy's header
+    start = len(data) - math.prod(array.shape) * dtype.itemsize  # behind npy's header
     return None if start < 0 else np.frombuffer(data, dtype, offset=start)

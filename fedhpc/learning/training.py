@@ -149,7 +149,9 @@ def train(
     ConfigError
         For an unknown optimizer or parameter, or if there are no examples.
     """
-    model.to(device).train()
+    if any(tensor.device != device for tensor in (*model.parameters(), *model.buffers())):
+        model.to(device)
+    model.train()
     examples = Examples.on(device, images, labels, mean, std)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     start = [weight.detach().clone() for weight in weights] if proximal_mu else []
