@@ -25,7 +25,7 @@ from fedhpc import (
 )
 from fedhpc.cluster import entries
 from fedhpc.errors import FedHPCError, PlatformError, RunError, Superseded
-from fedhpc.federation import apps, certificates, compat, dispatch, fit, plain
+from fedhpc.federation import apps, certificates, compat, dispatch, fit, issuer, plain
 from fedhpc.federation.checkpoint import CheckpointStore
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.inprocess import InProcess
@@ -150,7 +150,7 @@ class Server:
         """Listen, publish the address, and tell everybody at the end."""
         paths, cluster = self._paths, self._config.cluster
         if not certificates.exist(paths.secrets):
-            certificates.create(paths.secrets)
+            issuer.create(paths.secrets)
         machine = dispatch.Dispatch(
             array_tasks=cluster.array_tasks,
             placement=self._config.federation.placement,

@@ -13,7 +13,7 @@ import pytest
 
 from fedhpc.config import Cluster
 from fedhpc.errors import LinkRefused, PlatformError
-from fedhpc.federation import certificates, compat, grid_pb2, link
+from fedhpc.federation import certificates, compat, grid_pb2, issuer, link
 from fedhpc.federation.dispatch import Dispatch
 from fedhpc.federation.link import LinkClient
 from fedhpc.federation.link_server import LinkServer
@@ -35,7 +35,7 @@ class Service:
     ) -> None:
         self.paths = RunPaths(folder / "run")
         self.paths.blobs.mkdir(parents=True)
-        certificates.create(self.paths.secrets)
+        issuer.create(self.paths.secrets)
         compat.set_identity("run")
         settings = {"liveness_timeout_s": LIVENESS_S, "on_idle": lambda *_: None, **options}
         self.links = LinkServer(
@@ -138,7 +138,7 @@ def test_a_peer_with_the_certificate_of_another_run_is_refused(
     service: Service, tmp_path: Path
 ) -> None:
     other = tmp_path / "other"
-    certificates.create(other)
+    issuer.create(other)
     key, certificate = ((other / name).read_bytes() for name in ("client.key", "client.crt"))
     ca = (service.paths.secrets / "ca.crt").read_bytes()  # it even trusts our server
     credentials = grpc.ssl_channel_credentials(ca, key, certificate)
@@ -153,7 +153,7 @@ def test_a_peer_without_tls_is_refused(service: Service) -> None:
 
 def test_an_array_task_refuses_a_server_of_another_run(service: Service, tmp_path: Path) -> None:
     other = tmp_path / "other"
-    certificates.create(other)
+    issuer.create(other)
     hello = grid_pb2.Hello(run_id="run", slots=1)
     client = LinkClient(service.address, certificates.client_credentials(other), hello, 10.0)
     with pytest.raises(PlatformError, match="UNAVAILABLE"):

@@ -17,7 +17,7 @@ from support import REPOSITORY, Submitter, eventually
 
 from fedhpc import files
 from fedhpc.cluster import submission
-from fedhpc.federation import certificates, compat
+from fedhpc.federation import certificates, compat, issuer
 from fedhpc.federation.dispatch import Dispatch
 from fedhpc.federation.grid import HpcGrid
 from fedhpc.federation.link_server import LinkServer
@@ -112,7 +112,7 @@ def paths(tmp_path: Path, app: SlowApp) -> RunPaths:
         cluster: {{executor: local, liveness_timeout_s: {LIVENESS_S}}}
     """
     paths.config.write_text(app.config.read_text() + sets.replace("\n        ", "\n"))
-    certificates.create(paths.secrets)
+    issuer.create(paths.secrets)
     compat.set_identity(paths.run_id)
     return paths
 
