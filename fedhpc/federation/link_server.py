@@ -377,7 +377,8 @@ class LinkServer:
             if peer is None:
                 continue
             if isinstance(action, actions.Turn):
-                peer.turn_s[action.message_id] = time.monotonic()
+                if action.message_id in self._requests:  # else the same batch has its result too
+                    peer.turn_s[action.message_id] = time.monotonic()
             elif isinstance(action, actions.Assign):
                 peer.outgoing.put_nowait(ToArrayTask(work=self._work(action.message_id)))
             elif isinstance(action, actions.Keep):

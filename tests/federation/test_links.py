@@ -360,6 +360,22 @@ def test_what_nobody_waits_for_travels_with_what_is_urgent(
     assert took.get(timeout=4) == 1
 
 
+def test_results_that_come_together_leave_nothing_behind(service: Service) -> None:
+    peer = service.client()
+    peer.next("welcome")
+    messages = [f"m{n}" for n in range(2 * SLOTS)]  # as many are ahead of their turn as have it
+    service.send(*messages)
+    for _ in messages:
+        peer.next("work")
+    results = [grid_pb2.Result(message_id=name) for name in messages]
+    peer.client.send([grid_pb2.FromArrayTask(result=result) for result in results])
+    for _ in messages:
+        peer.next("accepted")
+    assert len(service.links.receive(messages, 5)) == len(messages)
+    (known,) = service.links._peers.values()
+    assert known.turn_s == {}
+
+
 def test_what_a_server_asks_after_it_came_back_is_kept_only_if_it_is_the_same(
     service: Service,
 ) -> None:
