@@ -26,6 +26,7 @@ BytesLike = bytes | bytearray | memoryview
 Buffer = int | BytesLike  # a descriptor, or small data itself
 
 _PREFIX = 4  # bytes: how long the JSON is
+_TRUNCATED = int(socket.MSG_CTRUNC | socket.MSG_TRUNC)  # as a number: enum's flags are slow
 
 
 class Received(NamedTuple):
@@ -96,7 +97,7 @@ def receive(sock: socket.socket) -> Received | None:
         return None
     if not data:
         return None
-    if flags & (socket.MSG_CTRUNC | socket.MSG_TRUNC):
+    if flags & _TRUNCATED:
         close_all(fds)
         raise OSError(errno.EMFILE, "no file descriptor is left for a buffer")
     end = _PREFIX + int.from_bytes(data[:_PREFIX], "little")
