@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -49,10 +49,13 @@ class Cell:
     array_tasks: int = 4
     numbers: int = 10_000
     real: bool = False
+    wanted: int | None = None  # rounds; None: as many as show a steady state
 
     @property
     def rounds(self) -> int:
-        """How many rounds show a steady state."""
+        """How many rounds there are."""
+        if self.wanted is not None:
+            return self.wanted
         if self.real:
             return max(6, 4_000 // self.cohort)
         bytes_a_round = 4 * self.numbers * self.cohort
@@ -88,12 +91,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", help="folder with MNIST/raw; default: torchvision's download")
     parser.add_argument("--sweeps", nargs="*", choices=list(SWEEPS), default=list(SWEEPS))
+    parser.add_argument("--rounds", type=int, help="of each run of the sweeps")
     parser.add_argument("--repeats", type=int, default=2, help="of the real fits; 0: none")
     parser.add_argument("--fits-per-process", default="0", help="of the real fits")
     options = parser.parse_args()
     print(f"{os.cpu_count()} cores")
     for name in options.sweeps:
-        _sweep(name, SWEEPS[name])
+        _sweep(name, [replace(cell, wanted=options.rounds) for cell in SWEEPS[name]])
     if options.repeats:
         data = [f"data.source={Path(options.data).resolve()}"] if options.data else []
         data.append(f"isolation.fits_per_process={options.fits_per_process}")
