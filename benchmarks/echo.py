@@ -102,7 +102,7 @@ class Echo:
                     if batch is grpc.aio.EOF:
                         return
                     self.received += batch.ByteSize()
-                    answers: list[grid_pb2.FromArrayTask] = []
+                    answers: list[link.Event] = []
                     for event in batch.events:
                         if event.HasField("finish"):
                             return
@@ -119,9 +119,7 @@ class Echo:
             finally:
                 beat.cancel()
 
-    def _answers(
-        self, work: grid_pb2.Work, blobs: dict[str, bytearray]
-    ) -> Iterator[grid_pb2.FromArrayTask]:
+    def _answers(self, work: grid_pb2.Work, blobs: dict[str, bytearray]) -> Iterator[link.Event]:
         asked = grid_pb2.Payload.FromString(work.payload)
         message = compat.message_from_bytes(asked.message)
         (arrays,) = asked.arrays
@@ -143,9 +141,7 @@ class Echo:
             yield from link.pieces(blob.digest, [blobs[blob.digest]])
         yield grid_pb2.FromArrayTask(result=result)
 
-    async def _write(
-        self, call: grpc.aio.StreamStreamCall, events: Iterable[grid_pb2.FromArrayTask]
-    ) -> None:
+    async def _write(self, call: grpc.aio.StreamStreamCall, events: Iterable[link.Event]) -> None:
         for batch in link.batches(grid_pb2.BatchFromArrayTask, events):
             self.sent += batch.ByteSize()
             await call.write(batch)

@@ -177,7 +177,8 @@ class LinkClient:
         events : iterable of FromArrayTask or Piece
             The messages.
         within_s : float, default 0
-            Where nobody waits for them: how many seconds they may wait for more to go with them.
+            Where nobody waits for them: how many seconds they may wait for more to go with them,
+            once the stream could take them. Of several, what the first one says counts.
         """
         self._outgoing.put((iter(events), within_s))
         if not within_s:

@@ -173,8 +173,7 @@ def _describe(layout: tuple[str, tuple[int, ...]]) -> str:
 def _arrays_of(records: RecordDict) -> _Layout:
     return {
         (name, key): described
-        for name, arrays in records.items()
-        if isinstance(arrays, ArrayRecord)
+        for name, arrays in records_of(records, ArrayRecord).items()
         for key, described in layout_of(arrays).items()
     }
 

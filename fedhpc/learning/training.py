@@ -149,6 +149,7 @@ def train(
     ConfigError
         For an unknown optimizer or parameter, or if there are no examples.
     """
+    # To ask for a move that moves nothing takes 3 % of a tiny fit.
     if any(tensor.device != device for tensor in (*model.parameters(), *model.buffers())):
         model.to(device)
     model.train()

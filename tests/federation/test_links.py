@@ -360,6 +360,24 @@ def test_what_nobody_waits_for_travels_with_what_is_urgent(
     assert took.get(timeout=4) == 1
 
 
+@pytest.mark.parametrize("size", [1, link.CHUNK, 2 * link.CHUNK + 3])
+def test_a_result_comes_with_its_arrays_whatever_their_size(service: Service, size: int) -> None:
+    peer = service.client()
+    peer.next("welcome")
+    service.send("a")
+    peer.next("work")
+    data = bytes(n % 251 for n in range(1000)) * (size // 1000 + 1)
+    blobs = [grid_pb2.Blob(digest=name, size=size) for name in ("d1", "d2")]
+    pieces = [piece for name in ("d1", "d2") for piece in link.pieces(name, [data[:size]])]
+    result = grid_pb2.Result(message_id="a", blobs=blobs)
+    peer.client.send([*pieces, grid_pb2.FromArrayTask(result=result)])
+    peer.next("accepted")
+    (response,) = service.links.receive(["a"], 5)
+    assert {name: bytes(view) for name, view in response.blobs.items()} == {
+        "d1": data[:size], "d2": data[:size],
+    }  # fmt: skip
+
+
 def test_results_that_come_together_leave_nothing_behind(service: Service) -> None:
     peer = service.client()
     peer.next("welcome")
