@@ -126,8 +126,8 @@ class ForkServer:
                 self._options["child"]["prepare"] = None
             self._check_for_cuda(what)
         if self._options["rehearse"]:
-            tidy = self._image.without_holes() if self._image else contextlib.nullcontext()
-            with tidy, contextlib.suppress(Exception, SystemExit):  # the first fit tells
+            noting = self._image.rehearsing() if self._image else contextlib.nullcontext()
+            with noting, contextlib.suppress(Exception, SystemExit):  # the first fit tells
                 child.resolve(self._options["rehearse"])(self._options["child"]["prepare_arg"])
         if torch is not None:
             torch.set_num_threads(self._options["child"]["threads"])
@@ -226,6 +226,10 @@ class ForkServer:
     def _start_child(self, channel_fd: int, options: dict[str, Any]) -> int:
         pid = os.fork()
         if pid:
+            # Under memory pressure the kernel should take the fit, not the array task. Told here,
+            # where nothing that this needs has to be copied for it.
+            with contextlib.suppress(OSError):
+                Path(f"/proc/{pid}/oom_score_adj").write_text("500")
             return pid
         code = 1
         try:
@@ -257,9 +261,6 @@ class ForkServer:
             os._exit(1)
         # A daemon of the app becomes this child's, so an orphan is always a dead child's.
         self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-        # Under memory pressure the kernel should take the fit, not the array task.
-        with contextlib.suppress(OSError):
-            Path("/proc/self/oom_score_adj").write_text("500")
         self._control.close()
 
     def _reap(self) -> None:

@@ -3,14 +3,14 @@
 import contextlib
 import ctypes
 from collections.abc import Iterator
-from pathlib import Path
 
-MB = 1024 * 1024
+from fedhpc.isolation import mappings
+from fedhpc.isolation.mappings import HUGE_PAGE, MB
 
-_MADV_HUGEPAGE, _MADV_COLLAPSE = 14, 25
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_HUGE_PAGE = 2 * MB
-_MERGED_AT_ONCE = 4 * _HUGE_PAGE  # 1 to 10 ms, for which a request may have to wait
+_MERGED_AT_ONCE = 4 * HUGE_PAGE  # 1 to 10 ms, for which a request may have to wait
+# Of code that is run in a huge page: four page faults a child, and as many entries to drop again.
+_WORTH_A_HUGE_PAGE = 256 * 1024
 _LARGE = 64 * 1024
 # The highest that there is. glibc's own rises to it by and by, as larger blocks are freed.
 _MMAP_THRESHOLD = 32 * MB
@@ -56,6 +56,10 @@ class Image:
     that are copied too. So little is left to be freed here, holes that are left are filled, and new
     memory comes from huge pages that this process has not written to: docs/performance.md has what
     that is worth.
+
+    Code lies in files, and none of it is mapped in a process that was just forked: a fault for each
+    16 pages of it. So what children run of it goes into huge pages, too, as Node.js
+    (``--use-largepages``) and ClickHouse (``remap_executable``) do it.
     """
 
     def __init__(self) -> None:
@@ -65,15 +69,22 @@ class Image:
         _libc.realloc.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
         _libc.malloc_usable_size.argtypes = [ctypes.c_void_p]
         _libc.malloc_usable_size.restype = ctypes.c_size_t
-        self._unmerged: list[tuple[int, int]] = []  # addresses and lengths
+        # Addresses and lengths.
+        self._unmerged: list[tuple[int, int]] = []
+        self._unmoved: list[tuple[int, int]] = []
 
     @contextlib.contextmanager
-    def without_holes(self) -> Iterator[None]:
-        """Let what is allocated and freed inside of it leave no large holes in the heap."""
+    def rehearsing(self) -> Iterator[None]:
+        """Learn what code children will run from what is run inside of it.
+
+        What is allocated and freed inside of it leaves no large holes in the heap.
+        """
         _tell_malloc(_M_MMAP_THRESHOLD, _LARGE)
+        mappings.forget_code()
         try:
             yield
         finally:
+            self._unmoved = list(mappings.code_in_use(_WORTH_A_HUGE_PAGE))
             _tell_malloc(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
 
     def settle(self) -> None:
@@ -86,12 +97,14 @@ class Image:
     @property
     def is_settled(self) -> bool:
         """Whether there is nothing left to merge."""
-        return not self._unmerged
+        return not (self._unmerged or self._unmoved)
 
     def merge_some(self) -> None:
         """Move a part of the memory into huge pages: all of it takes up to a second."""
-        address, length = self._unmerged.pop()
-        self._advise(address, length, _MADV_COLLAPSE)
+        if self._unmerged:
+            mappings.merge(*self._unmerged.pop())
+        elif not mappings.move_code(*self._unmoved.pop()):
+            self._unmoved.clear()
 
     def _make_room(self) -> None:
         """Let the heap end in room for huge pages that nobody has written to yet."""
@@ -108,11 +121,11 @@ class Image:
         # What is up to the next huge page stays taken, so that the next block begins there, and
         # glibc's notes of it end before: a huge page that was written to here would be copied in
         # each child, a page at a time.
-        start = -(-(first + 4 * _WORD) // _HUGE_PAGE) * _HUGE_PAGE
+        start = -(-(first + 4 * _WORD) // HUGE_PAGE) * HUGE_PAGE
         _libc.realloc(first, start - first - _WORD)
-        length = (_libc.sbrk(0) - start) // _HUGE_PAGE * _HUGE_PAGE
+        length = (_libc.sbrk(0) - start) // HUGE_PAGE * HUGE_PAGE
         if length > 0:
-            self._advise(start, length, _MADV_HUGEPAGE)
+            mappings.prefer_huge_pages(start, length)
 
     def _fill_holes(self) -> None:
         """Take what is free in the heap before its end, for good."""
@@ -123,19 +136,13 @@ class Image:
             while left > 0 and (_libc.malloc(size) or end) < end:
                 left -= size
 
-    def _advise(self, address: int, length: int, advice: int) -> None:
-        _libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(length), advice)
-
 
 def _own_memory() -> list[tuple[int, int]]:
     """Return addresses and lengths of huge pages that hold what this process has written."""
     found = []
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        addresses, access, _, _, _, *name = line.split(maxsplit=5)
-        if access != "rw-p" or (name and name[0].strip() != "[heap]"):
-            continue
-        start, end = (int(address, 16) for address in addresses.split("-"))
-        end -= end % _HUGE_PAGE
-        for address in range(-(-start // _HUGE_PAGE) * _HUGE_PAGE, end, _MERGED_AT_ONCE):
-            found.append((address, min(_MERGED_AT_ONCE, end - address)))
+    for mapping in mappings.mappings():
+        if mapping.is_own_data and (pages := mapping.huge_pages):
+            end = pages[-1] + HUGE_PAGE
+            for address in range(pages[0], end, _MERGED_AT_ONCE):
+                found.append((address, min(_MERGED_AT_ONCE, end - address)))
     return found

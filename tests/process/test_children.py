@@ -608,6 +608,13 @@ def test_slots_run_side_by_side() -> None:
         assert time.monotonic() - began_s < 2.5
 
 
+def test_under_memory_pressure_the_kernel_takes_a_child_first() -> None:
+    with ChildPool(light(fits_per_process=0)) as pool:
+        pid = call(pool, "pid")
+        score = Path(f"/proc/{pid}/oom_score_adj")
+        assert wait_until(lambda: score.read_text().strip() == "500")
+
+
 @needs_huge_pages
 def test_what_a_child_allocates_comes_from_huge_pages() -> None:
     faults = {}
@@ -648,7 +655,7 @@ from fedhpc.isolation.image import MB, Image
 def after(tidy):
     if not tidy:
         return [bytearray(MB) for _ in range(20)][::3]  # what stays keeps the rest apart
-    with Image().without_holes():
+    with Image().rehearsing():
         return [bytearray(MB) for _ in range(20)][::3]
 class Info(ctypes.Structure):
     _fields_ = [(str(n), ctypes.c_size_t) for n in range(10)]
