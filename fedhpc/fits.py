@@ -69,7 +69,11 @@ class Fits:
         self._on_useless = on_useless
         self._peaks = Peaks(paths.peaks)
         self._lock = threading.Lock()
-        self._turns = Turns(slots, binds_ahead=settings.isolation.fits_per_process != 1)
+        self._turns = Turns(
+            slots,
+            binds_ahead=settings.isolation.fits_per_process != 1,
+            alone=settings.cluster.array_tasks == 1,
+        )
         self._held: dict[str, Held] = {}
         self._fits = 0
         self._returns: dict[str, str] = {}  # fits to hand back, and why, where no link was there
@@ -165,6 +169,13 @@ class Fits:
             held.result.close()
         elif held is not None:
             self._pool.cancel(held.tag)
+            self._hurry()
+
+    def _hurry(self) -> None:
+        """Let the server know of all results: fewer fits are here than were when they ended."""
+        with self._lock:
+            if self._link is not None:
+                self._link.hurry()
 
     # --- slots ---
 
@@ -172,6 +183,7 @@ class Fits:
         def idle() -> None:
             # What its child has ahead was cancelled, or is another slot's by now.
             self._pool.pass_over(slot)
+            self._hurry()
 
         while (held := self._turns.next(slot, idle)) is not None:
             took_s: float | None = None

@@ -184,6 +184,10 @@ class LinkClient:
         if not within_s:
             self._urgent.set()
 
+    def hurry(self) -> None:
+        """Send what waits for more to go with it."""
+        self._urgent.set()
+
     def leave(self, reason: str) -> None:
         """Say goodbye, so that no fit is blamed for the end of the stream, and end it."""
         self.send([grid_pb2.FromArrayTask(goodbye=grid_pb2.Goodbye(reason=reason))])

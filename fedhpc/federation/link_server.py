@@ -331,6 +331,7 @@ class LinkServer:
         elif event.HasField("hand_back"):
             back = event.hand_back
             logger.warning("array task %d: %s", peer.hello.array_task, back.reason)
+            peer.turn_s.pop(back.message_id, None)
             self._machine.hand_back(peer.number, back.message_id, back.reason)
         elif event.HasField("goodbye"):
             peer.goodbye = event.goodbye.reason

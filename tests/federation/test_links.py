@@ -358,6 +358,11 @@ def test_what_nobody_waits_for_travels_with_what_is_urgent(
     assert time.monotonic() - began_s < 4
     peer.client.send(slots, within_s=0.1)
     assert took.get(timeout=4) == 1
+    peer.client.send(slots, within_s=60.0)
+    time.sleep(0.05)
+    assert took.empty()
+    peer.client.hurry()
+    assert took.get(timeout=4) == 1
 
 
 @pytest.mark.parametrize("size", [1, link.CHUNK, 2 * link.CHUNK + 3])
@@ -392,6 +397,22 @@ def test_results_that_come_together_leave_nothing_behind(service: Service) -> No
     assert len(service.links.receive(messages, 5)) == len(messages)
     (known,) = service.links._peers.values()
     assert known.turn_s == {}
+
+
+def test_what_is_handed_back_leaves_nothing_behind(service: Service) -> None:
+    peer = service.client()
+    peer.next("welcome")
+    service.send("a", "b")
+    for _ in range(2):
+        peer.next("work")
+    (known,) = service.links._peers.values()
+    assert set(known.turn_s) == {"a", "b"}
+    other = service.client(1)
+    other.next("welcome")
+    back = grid_pb2.HandBack(message_id="a", reason="its input is gone")
+    peer.client.send([grid_pb2.FromArrayTask(hand_back=back)])
+    assert other.next("work").work.message_id == "a"
+    assert set(known.turn_s) == {"b"}
 
 
 def test_what_a_server_asks_after_it_came_back_is_kept_only_if_it_is_the_same(

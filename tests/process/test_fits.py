@@ -46,6 +46,11 @@ class Link:
         self.slots: list[int] = []
         self.results: dict[int, grid_pb2.Result] = {}
         self.handed_back: list[str] = []
+        self.waits: list[float] = []
+        self.hurried = 0
+
+    def hurry(self) -> None:
+        self.hurried += 1
 
     def send(self, events: Any, *, within_s: float = 0.0) -> None:
         for event in events:
@@ -54,6 +59,7 @@ class Link:
             elif event.HasField("result"):
                 client = message_ids.read(event.result.message_id).client_id
                 self.results[client] = event.result
+                self.waits.append(within_s)
             elif event.HasField("hand_back"):
                 self.handed_back.append(event.hand_back.message_id)
 
@@ -130,6 +136,18 @@ def test_automatic_slots_begin_with_one_a_gpu_and_follow_what_fits_need(
     task.sampler.close()
     (peaks,) = task.paths.peaks.iterdir()
     assert json.loads(peaks.read_text())["peak_bytes"] == fit_entries.PEAK
+
+
+def test_results_wait_for_others_while_fits_follow_and_no_slot_is_idle(
+    pool: ChildPool, cards: Cards, tmp_path: Path
+) -> None:
+    task = ArrayTask(tmp_path, pool, cards, {"slots_per_gpu": 1})
+    assert wait_until(lambda: task.link.hurried == len(GPUS))  # each slot has nothing to do
+    task.give(range(5))
+    assert wait_until(lambda: len(task.link.results) == 5, 60)
+    assert wait_until(lambda: task.link.hurried == 2 * len(GPUS))
+    # The first three are followed by others, of which each takes 0.3 s.
+    assert [wait > 0 for wait in task.link.waits] == [True, True, True, False, False]
 
 
 def test_fits_of_unknown_need_run_alone_and_the_first_one_tells_for_all(

@@ -84,6 +84,8 @@ class Link:
         self.backs: list[grid_pb2.HandBack] = []
         self.came = threading.Event()
 
+    def hurry(self) -> None: ...
+
     def send(self, events: Any, *, within_s: float = 0.0) -> None:
         for event in events:
             if event.HasField("result"):

@@ -86,6 +86,19 @@ def test_a_result_waits_for_others_up_to_half_of_the_next_fit(
     assert turns.time_to_tell_s(SLOTS[0]) == 0  # the slot waits for the server
 
 
+def test_the_last_two_results_do_not_wait_where_others_could_be_given_the_last_fit(
+    clock: Clock,
+) -> None:
+    turns = Turns(SLOTS[:1], binds_ahead=False, alone=False, clock=clock)
+    give(turns, 3)
+    waits = []
+    for _ in range(3):
+        turns.next(SLOTS[0], nothing)
+        turns.ended(SLOTS[0], LIKE, 60.0)
+        waits.append(turns.time_to_tell_s(SLOTS[0]) > 0)
+    assert waits == [True, False, False]
+
+
 def test_nothing_is_bound_ahead_of_a_fit_whose_like_is_not_known(turns: Turns) -> None:
     give(turns, 3)
     turns.next(SLOTS[0], nothing)
