@@ -180,13 +180,18 @@ class Fits:
     # --- slots ---
 
     def _work_in(self, slot: Slot) -> None:
+        has_worked = False
+
         def idle() -> None:
             # What its child has ahead was cancelled, or is another slot's by now.
             self._pool.pass_over(slot)
             self._hurry()
+            if has_worked and self._config.isolation.standby:
+                self._pool.stand_by(slot)  # while the server makes the next round
 
         while (held := self._turns.next(slot, idle)) is not None:
             took_s: float | None = None
+            has_worked = True
             try:
                 if not self._is_held(held):
                     continue

@@ -232,7 +232,7 @@ class Isolation(Section):
     standby: Literal["auto"] | StrictBool = Field(
         "auto",
         description="prepare the next child while its predecessor trains; auto: where a core is"
-        " left for it",
+        " left for it, else when there is nothing else to do",
     )
     slot_timeout_s: Seconds = Field(
         3600, description="how long a fit waits for its slot and memory, in seconds"

@@ -34,7 +34,8 @@ class PoolOptions:
     threads_per_fit : int
         Threads of torch and OpenMP in a child.
     standby : bool
-        Prepare the next child while its predecessor works.
+        Prepare the next child while its predecessor works; else only when it is told to
+        (`ChildPool.stand_by`).
     preload : sequence of str
         Modules to import in the fork server; they must neither touch CUDA nor start threads.
     learn_preload : bool

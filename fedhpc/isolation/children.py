@@ -33,8 +33,10 @@ class Child:
         Which fork server it came from.
     sock : socket
         The channel to it.
+    slot : int
+        Index of the slot that it was made for; another one may take it, if it is like that.
     env : dict
-        Of the slot that it was made for.
+        Of that slot.
     tag : str
         Of the call that it works on; "" between calls.
     kept : bool
@@ -58,6 +60,7 @@ class Child:
     number: int
     generation: int
     sock: socket.socket
+    slot: int
     env: dict[str, str]
     pid: int | None = None
     tag: str = ""
@@ -123,6 +126,11 @@ class Children:
         with self._lock:
             return {child.pid: child.tag for child in self._live.values() if child.pid is not None}
 
+    def standing_by(self) -> set[int]:
+        """Return the pids of children that have had no call yet."""
+        with self._lock:
+            return {child.pid for child in self._ready if child.pid is not None}
+
     def waiting(self) -> list[str]:
         """Return what calls wait for that have no slot yet, in words."""
         with self._lock:
@@ -176,15 +184,31 @@ class Children:
 
     def prepare_successor(self, slot: Slot) -> None:
         """Start the child that will follow one that has just begun to work."""
-        if self._options.fits_per_process != 1 or (slot.gpus and self._cuda_before_slot):
-            return  # kept children: the rare replacement is not worth an idle process
+        if not self._may_stand_by(slot):
+            return
         with self._lock:
             alike = [child for child in self._live.values() if child.env == slot.env]
             ready = sum(child in self._ready for child in alike)
             at_work = max(1, len(alike) - ready)  # that one may have ended meanwhile
-            if ready < at_work and not self._closed:
-                with contextlib.suppress(PlatformError):  # the next call will say it
-                    self._ready.append(self._start_child(slot, prepare_now=True))
+            if ready < at_work:
+                self._make_ready(slot)
+
+    def stand_by(self, slot: Slot) -> None:
+        """Start the child that will have the next call in a slot that has nothing to do."""
+        if self._may_stand_by(slot):
+            with self._lock:
+                if all(child.slot != slot.index for child in self._ready):
+                    self._make_ready(slot)
+
+    def _may_stand_by(self, slot: Slot) -> bool:
+        # Of kept children the rare replacement is not worth an idle process.
+        return self._options.fits_per_process == 1 and not (slot.gpus and self._cuda_before_slot)
+
+    def _make_ready(self, slot: Slot) -> None:
+        """Start a child ahead of its call; the lock is held."""
+        if not self._closed:
+            with contextlib.suppress(PlatformError):  # the next call will say it
+                self._ready.append(self._start_child(slot, prepare_now=True))
 
     def answered(self, child: Child, slot: Slot, *, keep: bool) -> None:
         """Note that a child has answered its call; ``keep`` it for the next one in its slot."""
@@ -228,7 +252,7 @@ class Children:
             launcher = self._ensure_launcher()
             ours, theirs = channel.pair()
             self._numbers += 1
-            child = Child(self._numbers, self._generation, ours, slot.env)
+            child = Child(self._numbers, self._generation, ours, slot.index, slot.env)
             with theirs:
                 try:
                     launcher.start_child(child.number, theirs, options)

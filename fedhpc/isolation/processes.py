@@ -157,6 +157,10 @@ class ChildPool:
         if child is not None and self._pass_over(child, "", slot):
             self._children.answered(child, slot, keep=True)
 
+    def stand_by(self, slot: Slot) -> None:
+        """Prepare the child for the next call in a slot that has nothing to do."""
+        self._children.stand_by(slot)
+
     def kill_for_memory(self, pid: int) -> None:
         """Kill a child that used more host memory than it may; its call raises `FitDied`."""
         self._children.kill_for_memory(pid)
@@ -164,6 +168,10 @@ class ChildPool:
     def children(self) -> dict[int, str]:
         """Return the live children by pid: the tag of their call, "" between calls."""
         return self._children.pids()
+
+    def standing_by(self) -> set[int]:
+        """Return the pids of children that have had no call yet."""
+        return self._children.standing_by()
 
     def waiting(self) -> list[str]:
         """Return what calls wait for that have no slot yet, in words."""

@@ -178,8 +178,11 @@ class Sampler:
     def _sample(self) -> dict[str, Any]:
         began_s = time.monotonic()
         children = self._pool.children()
+        # They hold nothing of a fit; of what they share with the fork server each would count as
+        # having a part.
+        used_by = children.keys() - self._pool.standing_by()
         total = 0
-        for pid, family in families(children).items():
+        for pid, family in families(used_by).items():
             used = proportional_bytes(family)
             total += used
             if children[pid] and self._limit_bytes is not None and used > self._limit_bytes:

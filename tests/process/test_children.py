@@ -21,8 +21,10 @@ from entries import SLOT, call, call_for_reply, read, wait_until
 
 from fedhpc.client import ArrayTask
 from fedhpc.errors import FitDied, FitFailed
+from fedhpc.files import read_lines
 from fedhpc.isolation import ChildPool, Gpu, PoolOptions, Slot, channel
 from fedhpc.isolation.calls import DEFAULT_PRELOAD
+from fedhpc.isolation.telemetry import Sampler
 
 HERE = Path(__file__).parent
 METHODS = ["forkserver", "spawn"]
@@ -255,6 +257,37 @@ def test_a_standby_child_is_ready_before_it_is_called(method: str, tmp_path: Pat
         assert wait_until(lambda: set(pool.children()) - {first})
         (standby,) = [pid for pid in pool.children() if pid != first]
         assert call(pool, "pid") == standby
+
+
+def test_a_child_stands_by_for_each_slot_that_has_nothing_to_do() -> None:
+    with ChildPool(light()) as pool:
+        for index in (0, 1, 0):
+            pool.stand_by(Slot(index))
+        assert wait_until(lambda: len(pool.standing_by()) == 2)
+        standing = pool.standing_by()
+        pids = [call(pool, "pid", slot=Slot(index)) for index in (0, 1, 0)]
+        assert set(pids[:2]) == standing
+        assert pids[2] not in standing
+        assert not pool.standing_by()
+
+
+def test_a_pool_that_keeps_children_has_none_that_stands_by() -> None:
+    with ChildPool(light(fits_per_process=0)) as pool:
+        pool.stand_by(SLOT)
+        kept = call(pool, "pid")
+        pool.stand_by(SLOT)
+        assert call(pool, "pid") == kept
+        assert set(pool.children()) == {kept}
+
+
+def test_memory_of_a_child_that_stands_by_is_no_fits(tmp_path: Path) -> None:
+    with ChildPool(light()) as pool, Sampler(tmp_path / "memory.jsonl", pool, {}) as sampler:
+        call(pool, "pid")
+        pool.stand_by(SLOT)
+        assert wait_until(lambda: len(pool.children()) == len(pool.standing_by()) == 1)
+        sampler.close()
+        (*_, last) = read_lines(tmp_path / "memory.jsonl")
+    assert (last["kind"], last["children"], last["children_mb"]) == ("sample", 1, 0)
 
 
 def test_without_standby_nothing_runs_between_calls() -> None:

@@ -47,10 +47,10 @@ class Link:
         self.results: dict[int, grid_pb2.Result] = {}
         self.handed_back: list[str] = []
         self.waits: list[float] = []
-        self.hurried = 0
+        self.hurried_after: list[int] = []
 
     def hurry(self) -> None:
-        self.hurried += 1
+        self.hurried_after.append(len(self.results))
 
     def send(self, events: Any, *, within_s: float = 0.0) -> None:
         for event in events:
@@ -142,12 +142,24 @@ def test_results_wait_for_others_while_fits_follow_and_no_slot_is_idle(
     pool: ChildPool, cards: Cards, tmp_path: Path
 ) -> None:
     task = ArrayTask(tmp_path, pool, cards, {"slots_per_gpu": 1})
-    assert wait_until(lambda: task.link.hurried == len(GPUS))  # each slot has nothing to do
     task.give(range(5))
     assert wait_until(lambda: len(task.link.results) == 5, 60)
-    assert wait_until(lambda: task.link.hurried == 2 * len(GPUS))
+    assert wait_until(lambda: 5 in task.link.hurried_after)
     # The first three are followed by others, of which each takes 0.3 s.
     assert [wait > 0 for wait in task.link.waits] == [True, True, True, False, False]
+
+
+@pytest.mark.parametrize("standby", ["auto", False])
+def test_children_stand_by_for_slots_that_have_nothing_more_to_do(
+    pool: ChildPool, cards: Cards, tmp_path: Path, standby: str | bool
+) -> None:
+    task = ArrayTask(tmp_path, pool, cards, {"slots_per_gpu": 1, "standby": standby})
+    time.sleep(0.2)
+    assert not pool.children()  # not before the first fit: the fork server has more to do then
+    task.give(range(2))
+    assert wait_until(lambda: 2 in task.link.hurried_after, 60)
+    expected = len(GPUS) if standby else 0
+    assert wait_until(lambda: len(pool.standing_by()) == len(pool.children()) == expected)
 
 
 def test_fits_of_unknown_need_run_alone_and_the_first_one_tells_for_all(

@@ -69,6 +69,9 @@ class DyingPool:
     def pass_over(self, _: Slot) -> None:
         pass
 
+    def stand_by(self, _: Slot) -> None:
+        pass
+
 
 class NoSampler:
     def began(self, *_: object) -> None: ...

@@ -22,6 +22,9 @@ class Pool:
     def children(self) -> dict[int, str]:
         return {1: "it"}
 
+    def standing_by(self) -> set[int]:
+        return set()
+
     def fork_server(self) -> None:
         return None
 
