@@ -5,7 +5,8 @@
     fresh  a process for every fit (the default)      kept  processes that are never replaced
     auto   kept while they prove themselves clean     spawn a new interpreter for every fit
     ray    Flower's simulation engine with two warm actors: pip install 'flwr[simulation]'
-    bare   two persistent processes in plain PyTorch, no framework: after each of the others
+    bare   two persistent processes in plain PyTorch, no framework: before and after each of the
+           others, which is compared with the mean of the two, as a machine's speed changes
 
 --tiny: 100 of 1,000 clients a round, 60 MNIST images each, logistic regression; without spawn.
 
@@ -57,7 +58,6 @@ class Run:
     cpu_s: float
     peak_mb: float
     bare_round_s: float
-    bare_wall_s: float
 
 
 def main() -> None:
@@ -89,10 +89,11 @@ def main() -> None:
         runs_dir = Path(folder)
         # Its config is that of bare and ray too, whose processes are kept.
         model_dir, _, _ = federate(config, [*sets, *SETS["kept"]], runs_dir, 2)
+        before_s = statistics.median(_in_new_process("bare", model_dir, options.rounds)[0][1:])
         for repeat in range(options.repeats):
             for mode in modes:
                 rounds = options.spawn_rounds if mode == "spawn" else options.rounds
-                run = _run(mode, config, sets, runs_dir, model_dir, rounds)
+                run, before_s = _run(mode, config, sets, runs_dir, model_dir, rounds, before_s)
                 runs[mode].append(run)
                 print(
                     f"{repeat + 1}: {mode:<6} {run.round_s:7.3f} s a round (bare"
@@ -122,9 +123,23 @@ def _has_auto() -> bool:
 
 
 def _run(
-    mode: str, config: Path, sets: list[str], runs_dir: Path, model_dir: Path, rounds: int
-) -> Run:
-    """Run a mode, then the same bare."""
+    mode: str,
+    config: Path,
+    sets: list[str],
+    runs_dir: Path,
+    model_dir: Path,
+    rounds: int,
+    before_s: float,
+) -> tuple[Run, float]:
+    """Run a mode, then the same bare; ``before_s`` is a round of bare before.
+
+    Returns
+    -------
+    run : Run
+        What it cost.
+    after_s : float
+        A round of bare after it.
+    """
     for _ in range(3):
         if mode == "ray":
             seconds, digest, measured = _in_new_process("flower_simulation", model_dir, rounds)
@@ -132,7 +147,7 @@ def _run(
         else:
             run_dir, seconds, measured = federate(config, [*sets, *SETS[mode]], runs_dir, rounds)
             digest = read_json(run_dir / "status.json")["model_sha256"]
-        bare_seconds, bare_digest, bare = _in_new_process("bare", model_dir, rounds)
+        bare_seconds, bare_digest, _ = _in_new_process("bare", model_dir, rounds)
         if digest == bare_digest:
             break
         print(f"{mode} ended in another model than bare: {digest}, {bare_digest}", flush=True)
@@ -140,14 +155,15 @@ def _run(
             sys.exit(1)
     else:
         sys.exit(1)
-    return Run(
+    after_s = statistics.median(bare_seconds[1:])
+    run = Run(
         statistics.median(seconds),
         measured.wall_s,
         measured.cpu_s,
         measured.peak_mb,
-        statistics.median(bare_seconds[1:]),
-        bare.wall_s,
+        (before_s + after_s) / 2,
     )
+    return run, after_s
 
 
 def _in_new_process(module: str, run_dir: Path, rounds: int) -> tuple[list[float], str, Measured]:
