@@ -151,6 +151,7 @@ def _run(
         if digest == bare_digest:
             break
         print(f"{mode} ended in another model than bare: {digest}, {bare_digest}", flush=True)
+        before_s = statistics.median(bare_seconds[1:])
         if mode != "ray":  # there other threads may draw between seed and sample
             sys.exit(1)
     else:

@@ -104,7 +104,7 @@ class ArrayTask:
         if cluster.executor == "slurm":  # for its job to start, and then for its address
             timeout_s += 60 * cluster.reattach_timeout_min
         seeker = rendezvous.Seeker(self._paths, self._server_job.job_id or "(not known)")
-        # On full cores a standby child only takes time from the fits.
+        # On full cores a child that stands by while others work only takes time from these.
         cpus = max(1, self._environment.cpus // here)
         spare = len(slots) * isolation.threads_per_fit < cpus
         standby = spare if isolation.standby == "auto" else isolation.standby

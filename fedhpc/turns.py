@@ -44,9 +44,9 @@ class Turns:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._binds_ahead = binds_ahead
-        # The server moves the last fit that waits here to a slot that is free elsewhere. Until it
+        # The server moves the last fits that wait here to slots that are free elsewhere. Until it
         # knows that a fit has ended, it takes the next one, which has begun, for one that waits.
-        self._least_behind = 1 if alone else 2
+        self._least_behind = 1 if alone else 1 + len(slots)
         self._clock = clock
         self._lock = threading.Lock()
         self._slots = list(slots)
@@ -120,12 +120,12 @@ class Turns:
     def time_to_tell_s(self, slot: Slot) -> float:
         """Return how long the server need not know that a slot's fit has ended.
 
-        That is half of the next fit, as far as is known, if it is here already, and one more where
-        another array task could be given the last one.
+        That is half of the next fit, as far as is known, if it is here already and no slot is idle,
+        and more of them where another array task could be given the last ones.
         """
         with self._lock:
             following = [*self._ahead[slot.index], *self._waiting]
-            if len(following) < self._least_behind:
+            if self._idle or len(following) < self._least_behind:
                 return 0.0
             return min(max(_LEAST_UNTOLD_S, self._expected_s(following[0]) / 2), _MOST_UNTOLD_S)
 

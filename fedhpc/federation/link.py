@@ -125,6 +125,7 @@ class LinkClient:
         self._liveness_timeout_s = liveness_timeout_s
         self._outgoing: queue.SimpleQueue[_Outgoing] = queue.SimpleQueue()
         self._urgent = threading.Event()
+        self._lingers = False
         self.send([grid_pb2.FromArrayTask(hello=hello)])
         self._channel = grpc.secure_channel(
             address,
@@ -180,13 +181,15 @@ class LinkClient:
             Where nobody waits for them: how many seconds they may wait for more to go with them,
             once the stream could take them. Of several, what the first one says counts.
         """
+        self._lingers = self._lingers or within_s > 0
         self._outgoing.put((iter(events), within_s))
         if not within_s:
             self._urgent.set()
 
     def hurry(self) -> None:
         """Send what waits for more to go with it."""
-        self._urgent.set()
+        if self._lingers:
+            self._urgent.set()
 
     def leave(self, reason: str) -> None:
         """Say goodbye, so that no fit is blamed for the end of the stream, and end it."""
@@ -215,6 +218,7 @@ class LinkClient:
         events, within_s = self._outgoing.get()
         found = [events]
         self._urgent.wait(within_s)  # one wait, as each that comes meanwhile would wake it
+        self._lingers = False
         self._urgent.clear()  # before what is urgent is taken: it is set when that is there
         with contextlib.suppress(queue.Empty):
             while found[-1] is not None:

@@ -163,6 +163,7 @@ class Children:
                     self._launcher.kill_child(kept.number)
                 kept = None
             fitting = [child for child in self._ready if child.env == slot.env]
+            fitting.sort(key=lambda child: child.slot != slot.index)  # its own first
             candidates = [*([kept] if kept else []), *fitting]
             child = next(
                 # One that has ended may have answered it before.
@@ -207,7 +208,7 @@ class Children:
     def _make_ready(self, slot: Slot) -> None:
         """Start a child ahead of its call; the lock is held."""
         if not self._closed:
-            with contextlib.suppress(PlatformError):  # the next call will say it
+            with contextlib.suppress(PlatformError, OSError):  # the next call will say it
                 self._ready.append(self._start_child(slot, prepare_now=True))
 
     def answered(self, child: Child, slot: Slot, *, keep: bool) -> None:

@@ -154,6 +154,7 @@ class ForkServer:
                 preloading.try_out(names, write)
             finally:
                 os._exit(0)
+        _prefer_for_oom_killer(pid)
         os.close(write)
         text, end_s = b"", time.monotonic() + _LESSON_TIMEOUT_S
         while select.select([read], [], [], max(0.0, end_s - time.monotonic()))[0]:
@@ -226,10 +227,7 @@ class ForkServer:
     def _start_child(self, channel_fd: int, options: dict[str, Any]) -> int:
         pid = os.fork()
         if pid:
-            # Under memory pressure the kernel should take the fit, not the array task. Told here,
-            # where nothing that this needs has to be copied for it.
-            with contextlib.suppress(OSError):
-                Path(f"/proc/{pid}/oom_score_adj").write_text("500")
+            _prefer_for_oom_killer(pid)
             return pid
         code = 1
         try:
@@ -298,6 +296,15 @@ class ForkServer:
                 os.waitpid(-1, 0)
             except ChildProcessError:
                 return
+
+
+def _prefer_for_oom_killer(pid: int) -> None:
+    """Let the kernel take a child, not the array task, under memory pressure.
+
+    Not said by the child itself: what that needs would have to be copied for it.
+    """
+    with contextlib.suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("500")
 
 
 def _kill_group(pid: int) -> None:

@@ -80,11 +80,13 @@ class Image:
         What is allocated and freed inside of it leaves no large holes in the heap.
         """
         _tell_malloc(_M_MMAP_THRESHOLD, _LARGE)
-        mappings.forget_code()
+        with contextlib.suppress(OSError):  # a system that does not tell what is mapped
+            mappings.forget_code()
         try:
             yield
         finally:
-            self._unmoved = list(mappings.code_in_use(_WORTH_A_HUGE_PAGE))
+            with contextlib.suppress(OSError):
+                self._unmoved = list(mappings.code_in_use(_WORTH_A_HUGE_PAGE))
             _tell_malloc(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD)
 
     def settle(self) -> None:

@@ -16,8 +16,8 @@ _READ, _WRITE, _EXECUTE = 1, 2, 4
 _PRIVATE, _ANONYMOUS = 0x02, 0x20
 _MAYMOVE, _FIXED = 1, 2
 _FAILED = ctypes.c_void_p(-1).value
-# Of an entry of pagemap: there is a page, and it is a file's.
-_PRESENT, _OF_FILE = 1 << 63, 1 << 61
+# Of an entry of pagemap: there is a page, in memory or swapped out, and it is a file's.
+_PRESENT, _SWAPPED, _OF_FILE = 1 << 63, 1 << 62, 1 << 61
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = _libc.mremap.restype = ctypes.c_void_p
@@ -85,7 +85,9 @@ def forget_code() -> None:
     """Let no code be mapped that is not run again: it comes back from its file."""
     for mapping in list(mappings()):
         # Where code was changed in memory, say by a debugger, the file would not bring that back.
-        if mapping.is_code and all(entry & _OF_FILE for entry in _present(mapping)):
+        if mapping.is_code and all(
+            entry & _OF_FILE and not entry & _SWAPPED for entry in _pages(mapping)
+        ):
             _libc.madvise(mapping.start, mapping.end - mapping.start, _MADV_DONTNEED)
 
 
@@ -95,21 +97,24 @@ def code_in_use(least: int) -> Iterator[tuple[int, int]]:
         if mapping.is_code:
             for address in mapping.huge_pages:
                 part = mapping._replace(start=address, end=address + HUGE_PAGE)
-                if len(_present(part)) * mmap.PAGESIZE >= least:
+                present = sum(1 for entry in _pages(part) if entry & _PRESENT)
+                if present * mmap.PAGESIZE >= least:
                     yield address, HUGE_PAGE
 
 
 def move_code(address: int, length: int) -> bool:
-    """Put a copy of code in huge pages into its place; no other thread may run meanwhile.
+    """Put a copy of code in huge pages into its place.
 
-    On x86-64 only: other processors want to be told that instructions have changed.
+    On x86-64 only, as other processors want to be told that instructions have changed, and in a
+    process of one thread only: another one could be running what is moved.
 
     Returns
     -------
     bool
-        Whether it was possible; else nothing has changed.
+        Whether it was possible; else nothing has changed, unless the kernel ran out of memory in
+        the very last step.
     """
-    if os.uname().machine != "x86_64":
+    if os.uname().machine != "x86_64" or len(list(Path("/proc/self/task").iterdir())) > 1:
         return False
     room = _libc.mmap(None, length + HUGE_PAGE, _READ | _WRITE, _PRIVATE | _ANONYMOUS, -1, 0)
     if room == _FAILED:
@@ -129,10 +134,10 @@ def move_code(address: int, length: int) -> bool:
     return moved
 
 
-def _present(mapping: Mapping) -> list[int]:
-    """Return the entries of pagemap of those pages that this process has mapped."""
+def _pages(mapping: Mapping) -> list[int]:
+    """Return the entries of pagemap of those pages that this process has."""
     first, last = mapping.start // mmap.PAGESIZE, mapping.end // mmap.PAGESIZE
     entries = array("Q")
     with open("/proc/self/pagemap", "rb", buffering=0) as file:  # noqa: PTH123
         entries.frombytes(os.pread(file.fileno(), 8 * (last - first), 8 * first))
-    return [entry for entry in entries if entry & _PRESENT]
+    return [entry for entry in entries if entry & (_PRESENT | _SWAPPED)]

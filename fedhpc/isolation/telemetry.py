@@ -178,8 +178,8 @@ class Sampler:
     def _sample(self) -> dict[str, Any]:
         began_s = time.monotonic()
         children = self._pool.children()
-        # They hold nothing of a fit; of what they share with the fork server each would count as
-        # having a part.
+        # Those hold nothing of a fit, but each would count as having a part of what it shares with
+        # the fork server.
         used_by = children.keys() - self._pool.standing_by()
         total = 0
         for pid, family in families(used_by).items():

@@ -325,6 +325,14 @@ def pid() -> int:
     return os.getpid()
 
 
+def convolve(_: str) -> None:
+    """Run some of torch's code, in one thread."""
+    import torch
+
+    weights = torch.randn(6, 3, 5, 5, requires_grad=True)
+    torch.nn.functional.conv2d(torch.randn(8, 3, 32, 32), weights).sum().backward()
+
+
 @entry
 def faults_of(megabytes: int, block_bytes: int = 2**20) -> int:
     """Write to that much new memory, and return how often the kernel had to give some."""

@@ -1,6 +1,7 @@
 """What a child is given, what it may do, and what of it reaches the caller."""
 
 import ctypes
+import errno
 import json
 import os
 import re
@@ -278,6 +279,21 @@ def test_a_pool_that_keeps_children_has_none_that_stands_by() -> None:
         pool.stand_by(SLOT)
         assert call(pool, "pid") == kept
         assert set(pool.children()) == {kept}
+
+
+def test_that_no_child_could_be_made_ahead_of_its_call_is_for_the_call_to_say(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(errno.EMFILE, "no descriptor is left")
+
+    with ChildPool(light()) as pool:
+        with monkeypatch.context() as patch:
+            patch.setattr(channel, "pair", fail)
+            pool.stand_by(SLOT)
+            with pytest.raises(OSError, match="no descriptor"):
+                call(pool, "pid")
+        assert call(pool, "pid")
 
 
 def test_memory_of_a_child_that_stands_by_is_no_fits(tmp_path: Path) -> None:
@@ -656,6 +672,23 @@ def test_what_a_child_allocates_comes_from_huge_pages() -> None:
             faults[huge_pages] = call(pool, "faults_of", 32)
     assert faults[False] > 32 * 256  # a page each
     assert faults[True] < faults[False] / 4
+
+
+@needs_huge_pages
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="elsewhere code is left where it is")
+def test_what_a_rehearsal_ran_is_moved_into_huge_pages_of_the_fork_server() -> None:
+    options = light(preload=["torch", "entries"], rehearse="entries:convolve", huge_pages=True)
+    with ChildPool(options) as pool:
+        call(pool, "pid")
+        maps = Path(f"/proc/{pool.fork_server()}/maps")
+        assert wait_until(
+            lambda: any(  # code that is in no file
+                access == "r-xp" and not name
+                for _, access, _, _, _, *name in map(str.split, maps.read_text().splitlines())
+            ),
+            20,
+        )
+        assert call(pool, "pid")
 
 
 @needs_huge_pages

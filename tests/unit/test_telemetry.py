@@ -43,8 +43,9 @@ def test_samples_are_taken_also_where_a_process_that_ends_is_always_waited_for(
     path = tmp_path / "0.jsonl"
     monkeypatch.setattr(telemetry, "_GONE_S", 0.1)
     monkeypatch.setattr(telemetry, "_GATHERED_S", 0.0)  # the file is there at once
-    # After a sample that took long (of a large process, here this one) the next one comes later.
+    # After a sample that took long (of large processes, or many) the next one comes later.
     monkeypatch.setattr(telemetry, "proportional_bytes", lambda _, **more: 1)
+    monkeypatch.setattr(telemetry, "_LONGER_THAN_A_SAMPLE", 1)
     with sampler(path, Pool()) as made:
         usage = made.began({}, None, None)
         for _ in range(20):  # none of these processes goes
