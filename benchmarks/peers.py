@@ -148,15 +148,15 @@ def _run(
             run_dir, seconds, measured = federate(config, [*sets, *SETS[mode]], runs_dir, rounds)
             digest = read_json(run_dir / "status.json")["model_sha256"]
         bare_seconds, bare_digest, _ = _in_new_process("bare", model_dir, rounds)
+        after_s = statistics.median(bare_seconds[1:])
         if digest == bare_digest:
             break
         print(f"{mode} ended in another model than bare: {digest}, {bare_digest}", flush=True)
-        before_s = statistics.median(bare_seconds[1:])
+        before_s = after_s
         if mode != "ray":  # there other threads may draw between seed and sample
             sys.exit(1)
     else:
         sys.exit(1)
-    after_s = statistics.median(bare_seconds[1:])
     run = Run(
         statistics.median(seconds),
         measured.wall_s,

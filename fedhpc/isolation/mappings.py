@@ -86,7 +86,9 @@ def forget_code() -> None:
     for mapping in list(mappings()):
         # Where code was changed in memory, say by a debugger, the file would not bring that back.
         if mapping.is_code and all(
-            entry & _OF_FILE and not entry & _SWAPPED for entry in _pages(mapping)
+            entry & _OF_FILE and not entry & _SWAPPED
+            for entry in filter(None, _pages(mapping))
+            if entry & (_PRESENT | _SWAPPED)
         ):
             _libc.madvise(mapping.start, mapping.end - mapping.start, _MADV_DONTNEED)
 
@@ -95,9 +97,11 @@ def code_in_use(least: int) -> Iterator[tuple[int, int]]:
     """Yield addresses and lengths of code, in huge pages with at least so many bytes mapped."""
     for mapping in list(mappings()):
         if mapping.is_code:
+            pages = _pages(mapping)
             for address in mapping.huge_pages:
-                part = mapping._replace(start=address, end=address + HUGE_PAGE)
-                present = sum(1 for entry in _pages(part) if entry & _PRESENT)
+                first = (address - mapping.start) // mmap.PAGESIZE
+                inside = pages[first : first + HUGE_PAGE // mmap.PAGESIZE]
+                present = sum(1 for entry in filter(None, inside) if entry & _PRESENT)
                 if present * mmap.PAGESIZE >= least:
                     yield address, HUGE_PAGE
 
@@ -134,10 +138,10 @@ def move_code(address: int, length: int) -> bool:
     return moved
 
 
-def _pages(mapping: Mapping) -> list[int]:
-    """Return the entries of pagemap of those pages that this process has."""
+def _pages(mapping: Mapping) -> "array[int]":
+    """Return the entries of pagemap of all pages, most of them 0."""
     first, last = mapping.start // mmap.PAGESIZE, mapping.end // mmap.PAGESIZE
     entries = array("Q")
     with open("/proc/self/pagemap", "rb", buffering=0) as file:  # noqa: PTH123
         entries.frombytes(os.pread(file.fileno(), 8 * (last - first), 8 * first))
-    return [entry for entry in entries if entry & (_PRESENT | _SWAPPED)]
+    return entries
