@@ -31,6 +31,7 @@ from fedhpc.federation.link import LinkClient
 from fedhpc.fits import FIT, Fits
 from fedhpc.isolation import ChildPool, PoolOptions, Slot, locks
 from fedhpc.isolation.calls import DEFAULT_PRELOAD
+from fedhpc.isolation.image import keep_what_is_freed
 from fedhpc.isolation.nvml import open_nvml
 from fedhpc.isolation.telemetry import Sampler
 from fedhpc.oversight import ServerGone, ServerJob, ServerQueued
@@ -278,6 +279,7 @@ def run(run_dir: str, array_task: int | None = None) -> None:
     logging_setup.set_up(
         f"client-{environment.current().array_task if array_task is None else array_task}"
     )
+    keep_what_is_freed()  # all models pass through here
     try:
         entries.use_snapshot(run_dir)
         task = ArrayTask(open_run_folder(Path(run_dir)), array_task)

@@ -2,10 +2,10 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -23,6 +23,8 @@ _FIRST_ASK_SLURM_S = 3.0
 _MAX_ASK_SLURM_S = 20.0
 _LAST_CLIENT_S = 15.0
 _LOG_LINES = 20
+
+T = TypeVar("T")
 
 
 class Follower:
@@ -42,8 +44,10 @@ class Follower:
         self._local = self._cluster.executor != "slurm"
         self._console = console
         self._rounds_shown = 0
-        self._rounds: list[Any] = []
-        self._rounds_read: tuple[int, int] | None = None
+        self._status = _Reader(paths.status, lambda: run_state.read(paths), local=self._local)
+        self._rounds = _Reader(
+            paths.metrics, lambda: list(files.read_lines(paths.metrics)), local=self._local
+        )
         self._start_s = time.monotonic()
         self._pause_s = _ASK_LOCAL_S if self._local else _FIRST_ASK_SLURM_S
         self._ask_s = self._start_s + self._pause_s
@@ -55,7 +59,7 @@ class Follower:
         """Show progress until the run has ended; return the last status."""
         with self._bars() as show:
             while True:
-                status = run_state.read(self._paths)
+                status = self._status.read()
                 if status["state"] not in run_state.ENDED and time.monotonic() > self._ask_s:
                     status = self._look()
                 show(status)
@@ -147,7 +151,7 @@ class Follower:
             if self._waiting:
                 progress.update(rounds, note=self._waiting)
             return
-        done = sum(1 for line in self._lines() if line["round"] > 0)
+        done = sum(1 for line in self._rounds.read() if line["round"] > 0)
         total = status.get("num_rounds") or None
         note = words.summary(status.get("metrics") or {})
         if total and status.get("round_s"):
@@ -164,20 +168,8 @@ class Follower:
             note=f"{failed} failed so far" if failed else "",
         )
 
-    def _lines(self) -> list[Any]:
-        """Return what is known of the rounds; here the file is read only where it has changed."""
-        read = None
-        if self._local:
-            with contextlib.suppress(OSError):
-                found = self._paths.metrics.stat()
-                read = found.st_size, found.st_mtime_ns
-        if read is None or read != self._rounds_read:
-            self._rounds = list(files.read_lines(self._paths.metrics))
-            self._rounds_read = read
-        return self._rounds
-
     def _print_rounds(self, _status: dict[str, Any]) -> None:
-        lines = self._lines()
+        lines = self._rounds.read()
         for line in lines[self._rounds_shown :]:
             metrics = line.get("evaluate") or line.get("evaluate_clients") or line.get("train", {})
             self._console.print(
@@ -188,7 +180,7 @@ class Follower:
 
     def print_result(self, status: dict[str, Any]) -> None:
         """Print the table of results."""
-        lines = self._lines()
+        lines = self._rounds.read()
         table = Table(show_header=False, box=None, pad_edge=False)
         table.add_column(style="bold")
         table.add_column(overflow="fold")
@@ -208,6 +200,28 @@ class Follower:
             table.add_row("model", f"{self._paths.model}\nsha256 {digest}")
         table.add_row("run folder", str(self._paths.root))
         self._console.print(table)
+
+
+class _Reader(Generic[T]):
+    """Reads a file; one of this machine only where it has changed."""
+
+    def __init__(self, path: Path, read: Callable[[], T], *, local: bool) -> None:
+        self._path = path
+        self._read = read
+        self._local = local
+        self._found: T | None = None
+        self._version: tuple[int, int, int] | None = None
+
+    def read(self) -> T:
+        """Return what the file says."""
+        version = None
+        if self._local:
+            with contextlib.suppress(OSError):
+                found = self._path.stat()
+                version = found.st_ino, found.st_size, found.st_mtime_ns
+        if version is None or version != self._version or self._found is None:
+            self._found, self._version = self._read(), version
+        return self._found
 
 
 def _pending(standing: inspection.Standing) -> str:

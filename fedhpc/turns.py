@@ -17,7 +17,7 @@ _AHEAD_S = 0.02
 # How long results may wait for others: each message on its own costs the server and the array task
 # 2 ms of CPU.
 _LEAST_UNTOLD_S = 0.01
-_MOST_UNTOLD_S = 0.05
+_MOST_UNTOLD_S = 0.2
 
 
 class Turns:
@@ -120,14 +120,14 @@ class Turns:
     def time_to_tell_s(self, slot: Slot) -> float:
         """Return how long the server need not know that a slot's fit has ended.
 
-        That is half of the next fit, as far as is known, if it is here already and no slot is idle,
+        That is two of the next fit, as far as is known, if it is here already and no slot is idle,
         and more of them where another array task could be given the last ones.
         """
         with self._lock:
             following = [*self._ahead[slot.index], *self._waiting]
             if self._idle or len(following) < self._least_behind:
                 return 0.0
-            return min(max(_LEAST_UNTOLD_S, self._expected_s(following[0]) / 2), _MOST_UNTOLD_S)
+            return min(max(_LEAST_UNTOLD_S, 2 * self._expected_s(following[0])), _MOST_UNTOLD_S)
 
     def lose(self, slots: Sequence[Slot]) -> list[Slot]:
         """Give the fits of slots that are lost to others; return those that are left."""

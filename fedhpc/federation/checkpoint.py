@@ -32,7 +32,7 @@ from fedhpc.paths import RunPaths, checkpointed_rounds, latest_attempt
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 _MODEL, _REST, _BUFFERS, _SUMS = "model.safetensors", "state.json", "state.bin", "SHA256SUMS"
 _SAVE_TIMEOUT_S = 600.0
 

@@ -13,18 +13,17 @@ from typing import Any, Literal
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
-from fedhpc.federation import compat
 from fedhpc.federation.mapped import MappedArray
 from fedhpc.federation.payload import BytesLike
 
 _TAG = "$"
-_SMALL_RECORDS = {"metrics": MetricRecord, "config": ConfigRecord}
 _SEQUENCES: dict[str, Callable[..., Any]] = {
     "tuple": tuple, "set": set, "frozenset": frozenset, "deque": deque,
 }  # fmt: skip
 _MAPPINGS: dict[str, Callable[..., Any]] = {
     "dict": dict, "ordered": OrderedDict, "counter": Counter,
     "array_record": ArrayRecord, "record_dict": RecordDict,
+    "metric_record": MetricRecord, "config_record": ConfigRecord,
 }  # fmt: skip
 
 
@@ -95,9 +94,6 @@ def _encode_bulk(value: Any, buffers: list[BytesLike]) -> Any:
 
     if type(value) in (bytes, bytearray):
         return add(type(value).__name__, bytes(value))
-    for name, kind in _SMALL_RECORDS.items():
-        if type(value) is kind:
-            return add(name, compat.records_to_bytes(RecordDict({"": value})))
     if type(value) in (Array, MappedArray):  # its bytes are never changed: no copy
         types = [value.dtype, value.stype]
         return {**add("flower_array", value.data), "types": types, "shape": list(value.shape)}
@@ -150,8 +146,6 @@ def _decode(plain: Any, buffers: list[BytesLike]) -> Any:
         return Array(dtype, tuple(plain["shape"]), stype, data)
     if kind in ("bytes", "bytearray"):
         return data if kind == "bytes" else bytearray(data)
-    if kind in _SMALL_RECORDS:
-        return compat.records_from_bytes(data)[""]
     return _decode_array(plain, data)
 
 

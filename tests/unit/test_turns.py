@@ -74,8 +74,8 @@ def test_as_many_are_bound_ahead_as_take_a_moment(turns: Turns, took_s: float, c
     assert turns.time_to_tell_s(SLOTS[0]) > 0
 
 
-@pytest.mark.parametrize(("took_s", "within_s"), [(0.001, 0.01), (0.06, 0.03), (60.0, 0.05)])
-def test_a_result_waits_for_others_up_to_half_of_the_next_fit(
+@pytest.mark.parametrize(("took_s", "within_s"), [(0.001, 0.01), (0.06, 0.12), (60.0, 0.2)])
+def test_a_result_waits_for_others_up_to_two_of_the_next_fit(
     turns: Turns, took_s: float, within_s: float
 ) -> None:
     give(turns, 2)
