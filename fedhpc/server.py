@@ -235,8 +235,9 @@ class Server:
                 time.sleep(_SIGNAL_S)
                 raise
         except BaseException:
-            with contextlib.suppress(PlatformError):  # there is an error already
-                self._checkpoints.close(_LAST_WRITE_S)
+            for write in (self._recorder.write_fits, self._checkpoints.close):
+                with contextlib.suppress(PlatformError):  # there is an error already
+                    write(_LAST_WRITE_S)
             raise
         self._checkpoints.close()
         if rounds.final_arrays is not None:

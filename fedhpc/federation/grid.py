@@ -276,7 +276,7 @@ class HpcGrid(Grid):
             for name, answer in sorted(batch.items()):
                 self._note(came[name], tries=answer.tries, late=cohort.is_late(name))
             self._note_refused(refused, came)
-            self.recorder.write_fits()
+            self.recorder.write_fits(every_s=_STEP_S / 2)
             if not cohort.closed:
                 self._transport.send([self._open[name].request for name in cohort.again()])
             self.recorder.decided(count - len(cohort.waiting))

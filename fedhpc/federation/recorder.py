@@ -81,6 +81,7 @@ class Recorder:
         self.watch = Stopwatch()
         self._slots = SlotAccount()
         self._lines: list[dict[str, Any]] = []
+        self._written_s = 0.0
         self._rounds_done = 0
         self._has_sent = False
         self.last_failure = ""
@@ -205,11 +206,21 @@ class Recorder:
             self._progress.fits_done += not refused
             self._progress.fits_failed += response.failure is not None
 
-    def write_fits(self) -> None:
-        """Write the lines of fits that were noted since the last call."""
-        if self._lines:
-            files.append_line(self._paths.fits, *self._lines)
+    def write_fits(self, patience_s: float | None = None, *, every_s: float = 0.0) -> None:
+        """Write the lines of fits that were noted since the last time.
+
+        Parameters
+        ----------
+        patience_s : float, optional
+            See `files.persist`.
+        every_s : float
+            Nothing is written if the last time was less than this ago.
+        """
+        now_s = time.monotonic()
+        if self._lines and now_s >= self._written_s + every_s:
+            files.append_line(self._paths.fits, *self._lines, patience_s=patience_s)
             self._lines.clear()
+            self._written_s = now_s
 
     def decided(self, count: int) -> None:
         """Note of how many messages sent last it is decided what their fits end with."""

@@ -47,6 +47,18 @@ def test_an_error_that_no_file_can_hold_is_in_the_log_and_does_not_end_the_run(
     assert [line["reason"] for line in files.read_lines(paths.fits)] == ["ValueError: no"]
 
 
+def test_lines_of_fits_are_written_together_and_none_is_lost(paths: RunPaths) -> None:
+    recorder = Recorder(paths)
+    written = []
+    for client in range(3):
+        recorder.fit_ended(Response(f"1-{client}-train-0"), 1, client, "train")
+        recorder.write_fits(every_s=60.0)
+        written.append(len(list(files.read_lines(paths.fits))))
+    recorder.write_fits()
+    assert written == [1, 1, 1]
+    assert [line["client"] for line in files.read_lines(paths.fits)] == [0, 1, 2]
+
+
 def test_a_line_of_a_round_that_is_lost_ends_the_run(
     paths: RunPaths, monkeypatch: pytest.MonkeyPatch
 ) -> None:
