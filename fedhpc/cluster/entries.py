@@ -3,6 +3,7 @@
 A function is named, so that submitting loads neither flwr nor grpc.
 """
 
+import gc
 import importlib
 import os
 import shlex
@@ -29,7 +30,11 @@ def call(reference: str, *arguments: Any) -> None:
     # Slurm warns once: who is called unblocks this when it knows what to do about it.
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR2})
     module, _, name = reference.partition(":")
-    getattr(importlib.import_module(module), name)(*arguments)
+    gc.disable()  # imports leave hardly any garbage, and what they made is not looked at again
+    function = getattr(importlib.import_module(module), name)
+    gc.freeze()
+    gc.enable()
+    function(*arguments)
 
 
 def call_with_gpus(gpus: str | None, reference: str, *arguments: Any) -> None:
