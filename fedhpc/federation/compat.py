@@ -6,7 +6,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Array, ArrayRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
+from flwr.app.message.message import make_message
 from flwr.client.mod.utils import make_ffn
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
@@ -14,11 +15,17 @@ from flwr.common.config import flatten_dict, get_project_config
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import (
     array_record_from_proto,
-    message_from_proto,
+    config_record_from_proto,
     recorddict_from_proto,
     recorddict_to_proto,
 )
-from flwr.common.serde_utils import error_to_proto, metadata_to_proto
+from flwr.common.serde_utils import (
+    error_from_proto,
+    error_to_proto,
+    metadata_from_proto,
+    metadata_to_proto,
+    record_value_dict_from_proto,
+)
 from flwr.proto.message_pb2 import Message as ProtoMessage
 from flwr.proto.recorddict_pb2 import ArrayRecord as ProtoArrayRecord
 from flwr.proto.recorddict_pb2 import RecordDict as ProtoRecordDict
@@ -93,15 +100,25 @@ def message_from_bytes(data: bytes) -> Message:
     and a cohort's replies all have the same names, types and shapes (and no data: see `payload`).
     """
     encoded = ProtoMessage.FromString(data)
-    skeletons: dict[str, ArrayRecord] = {}
-    for item in encoded.content.items:
-        if item.HasField("array_record"):
-            skeletons[item.key] = _array_record(item.array_record.SerializeToString())
-            item.array_record.Clear()
-    message = message_from_proto(encoded)
-    for name, arrays in skeletons.items():
-        message.content[name] = arrays
-    return message
+    content: RecordDict | None = None
+    if encoded.HasField("content"):
+        content = RecordDict()
+        for item in encoded.content.items:
+            content[item.key] = _record(item)
+    error = error_from_proto(encoded.error) if encoded.HasField("error") else None
+    return make_message(metadata_from_proto(encoded.metadata), content, error)
+
+
+def _record(item: ProtoRecordDict.Item) -> ArrayRecord | MetricRecord | ConfigRecord:
+    if item.HasField("array_record"):
+        return _array_record(item.array_record.SerializeToString())
+    if item.HasField("config_record"):
+        return config_record_from_proto(item.config_record)
+    protos = {one.key: one.value for one in item.metric_record.items}
+    record = MetricRecord()
+    # Not value by value: each would be checked, though protobuf holds nothing else.
+    record.__dict__["_data"] = record_value_dict_from_proto(protos)
+    return record
 
 
 @lru_cache(maxsize=16)
