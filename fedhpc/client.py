@@ -253,8 +253,8 @@ class ArrayTask:
         isolation = self._config.isolation
         builtin = self._config.app.is_builtin
         preload = [*DEFAULT_PRELOAD, "flwr.clientapp", FIT, *isolation.preload]
-        if builtin:
-            preload.append("fedhpc.federation.client_app")
+        # What reads the app's folder is not loaded by the built-in app.
+        preload.append("fedhpc.federation.client_app" if builtin else "flwr.common.config")
         return PoolOptions(
             start_method=isolation.start_method,
             fits_per_process=isolation.fits_per_process,

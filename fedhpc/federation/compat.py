@@ -11,7 +11,6 @@ from flwr.app.message.message import make_message
 from flwr.client.mod.utils import make_ffn
 from flwr.clientapp import ClientApp
 from flwr.clientapp.typing import Mod
-from flwr.common.config import flatten_dict, get_project_config
 from flwr.common.constant import SUPERLINK_NODE_ID, ErrorCode
 from flwr.common.serde import (
     array_record_from_proto,
@@ -188,6 +187,9 @@ def read_app_folder(folder: Path) -> tuple[dict[str, str], dict[str, Any]]:
     FileNotFoundError, ValueError
         If there is none, or Flower finds it invalid.
     """
+    # It loads an HTTP client: 50 ms of the start of each process that needs none of it.
+    from flwr.common.config import flatten_dict, get_project_config
+
     app = get_project_config(folder)["tool"]["flwr"]["app"]
     return app["components"], flatten_dict(app.get("config", {}))
 
