@@ -253,8 +253,10 @@ class ArrayTask:
         isolation = self._config.isolation
         builtin = self._config.app.is_builtin
         preload = [*DEFAULT_PRELOAD, "flwr.clientapp", FIT, *isolation.preload]
-        # What reads the app's folder is not loaded by the built-in app.
-        preload.append("fedhpc.federation.client_app" if builtin else "flwr.common.config")
+        if builtin:
+            preload.append("fedhpc.federation.client_app")
+        elif self._config.app.dir is not None:
+            preload.append("flwr.common.config")  # it reads the folder's pyproject.toml
         return PoolOptions(
             start_method=isolation.start_method,
             fits_per_process=isolation.fits_per_process,

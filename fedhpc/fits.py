@@ -73,6 +73,7 @@ class Fits:
             slots,
             binds_ahead=settings.isolation.fits_per_process != 1,
             alone=settings.cluster.array_tasks == 1,
+            closes_early=settings.federation.over_select > 1,
         )
         self._held: dict[str, Held] = {}
         self._fits = 0

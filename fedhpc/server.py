@@ -235,7 +235,7 @@ class Server:
                 time.sleep(_SIGNAL_S)
                 raise
         except BaseException:
-            for write in (self._recorder.write_fits, self._checkpoints.close):
+            for write in (self._checkpoints.close, self._recorder.write_fits):
                 with contextlib.suppress(PlatformError):  # there is an error already
                     write(_LAST_WRITE_S)
             raise

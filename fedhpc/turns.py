@@ -31,6 +31,8 @@ class Turns:
         Whether a slot may have fits ahead of their turn.
     alone : bool
         Whether no other array task could run what waits here.
+    closes_early : bool
+        Whether the server may have enough results before all fits have ended.
     clock : callable
         Returns seconds.
     """
@@ -41,9 +43,11 @@ class Turns:
         *,
         binds_ahead: bool,
         alone: bool = True,
+        closes_early: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._binds_ahead = binds_ahead
+        self._closes_early = closes_early
         # The server moves the last fits that wait here to slots that are free elsewhere. Until it
         # knows that a fit has ended, it takes the next one, which has begun, for one that waits.
         self._least_behind = 1 if alone else 1 + len(slots)
@@ -121,11 +125,12 @@ class Turns:
         """Return how long the server need not know that a slot's fit has ended.
 
         That is two of the next fit, as far as is known, if it is here already and no slot is idle,
-        and more of them where another array task could be given the last ones.
+        and more of them where another array task could be given the last ones. Not at all where
+        the server may be waiting for just this result.
         """
         with self._lock:
             following = [*self._ahead[slot.index], *self._waiting]
-            if self._idle or len(following) < self._least_behind:
+            if self._closes_early or self._idle or len(following) < self._least_behind:
                 return 0.0
             return min(max(_LEAST_UNTOLD_S, 2 * self._expected_s(following[0])), _MOST_UNTOLD_S)
 

@@ -113,6 +113,10 @@ def _record(item: ProtoRecordDict.Item) -> ArrayRecord | MetricRecord | ConfigRe
         return _array_record(item.array_record.SerializeToString())
     if item.HasField("config_record"):
         return config_record_from_proto(item.config_record)
+    if not item.HasField("metric_record"):
+        raise ValueError(
+            f"record '{item.key}': expected arrays, metrics or a config, found another"
+        )
     protos = {one.key: one.value for one in item.metric_record.items}
     record = MetricRecord()
     # Not value by value: each would be checked, though protobuf holds nothing else.

@@ -82,9 +82,22 @@ def _encode(value: Any, buffers: list[BytesLike]) -> Any:
             return {_TAG: name, "items": [_encode(item, buffers) for item in items]}
     for name, kind in _MAPPINGS.items():
         if type(value) is kind:
-            pairs = [[_encode(k, buffers), _encode(v, buffers)] for k, v in value.items()]
+            items = value.items()
+            if kind in (MetricRecord, ConfigRecord):
+                items = [(key, _builtin(item)) for key, item in items]
+            pairs = [[_encode(k, buffers), _encode(v, buffers)] for k, v in items]
             return {_TAG: name, "items": pairs}
     return _encode_bulk(value, buffers)
+
+
+def _builtin(value: Any) -> Any:
+    """Return a record's value as clients get it: Flower takes enums and numpy's numbers too."""
+    if isinstance(value, list):
+        return [_builtin(item) for item in value]
+    if isinstance(value, str):
+        return str.__str__(value)  # an enum's str() is its name
+    kinds: tuple[type, ...] = (bool, int, float, bytes)
+    return next((kind(value) for kind in kinds if isinstance(value, kind)), value)
 
 
 def _encode_bulk(value: Any, buffers: list[BytesLike]) -> Any:

@@ -218,8 +218,9 @@ class Recorder:
         """
         now_s = time.monotonic()
         if self._lines and now_s >= self._written_s + every_s:
-            files.append_line(self._paths.fits, *self._lines, patience_s=patience_s)
-            self._lines.clear()
+            # Forgotten first: a signal to leave may come when they are written, and none is twice.
+            lines, self._lines = self._lines, []
+            files.append_line(self._paths.fits, *lines, patience_s=patience_s)
             self._written_s = now_s
 
     def decided(self, count: int) -> None:

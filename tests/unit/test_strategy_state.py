@@ -9,7 +9,7 @@ import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from enum import Enum
+from enum import Enum, IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +257,8 @@ def test_an_object_that_is_made_late_is_told_apart() -> None:
         {1: "int key", (2, "x"): None}, OrderedDict(b=1, a=2), Counter("hello"), {3, 1, 2},
         frozenset("ab"), deque([1, 2]), np.float32(0.1), np.int64(5),
         {"$": "a key of our own"},
+        MetricRecord({"int": 2**64 - 1, "float": float("inf"), "list": [0.1, 2.0], "empty": []}),
+        ConfigRecord({"bool": True, "int": 1, "text": "a", "bytes": b"\x00", "list": [b"\x00"]}),
     ],
     ids=lambda value: type(value).__name__,
 )  # fmt: skip
@@ -265,6 +267,19 @@ def test_values_come_back_as_they_were(value: Any) -> None:
     found = plain.decode(back)
     assert type(found) is type(value)
     assert found == value
+
+
+def test_values_of_records_come_back_as_clients_get_them() -> None:
+    class Mode(str, Enum):  # noqa: UP042  (str() of one is its name)
+        FAST = "fast"
+
+    class Level(IntEnum):
+        LOW = 1
+
+    record = ConfigRecord({"mode": Mode.FAST, "level": Level.LOW, "rate": np.float64(0.5)})
+    found = plain.decode(plain.encode(record))
+    assert found == compat.records_from_bytes(compat.records_to_bytes(RecordDict({"": record})))[""]
+    assert [type(value) for value in found.values()] == [str, int, float]
 
 
 @pytest.mark.parametrize("dtype", ["<f4", "<f8", "<i8", "|b1", "<U3", "<c16"])

@@ -86,6 +86,14 @@ def test_a_result_waits_for_others_up_to_two_of_the_next_fit(
     assert turns.time_to_tell_s(SLOTS[0]) == 0  # the slot waits for the server
 
 
+def test_no_result_waits_where_the_server_may_have_enough_with_it(clock: Clock) -> None:
+    turns = Turns(SLOTS[:1], binds_ahead=False, closes_early=True, clock=clock)
+    give(turns, 3)
+    turns.next(SLOTS[0], nothing)
+    turns.ended(SLOTS[0], LIKE, 60.0)
+    assert turns.time_to_tell_s(SLOTS[0]) == 0
+
+
 def test_the_last_two_results_do_not_wait_where_others_could_be_given_the_last_fit(
     clock: Clock,
 ) -> None:
