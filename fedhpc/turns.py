@@ -1,6 +1,7 @@
 """Whose turn it is: which slot of an array task runs which fit next."""
 
 import contextlib
+import math
 import queue
 import threading
 import time
@@ -47,10 +48,9 @@ class Turns:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._binds_ahead = binds_ahead
-        self._closes_early = closes_early
         # The server moves the last fits that wait here to slots that are free elsewhere. Until it
         # knows that a fit has ended, it takes the next one, which has begun, for one that waits.
-        self._least_behind = 1 if alone else 1 + len(slots)
+        self._least_behind = math.inf if closes_early else 1 if alone else 1 + len(slots)
         self._clock = clock
         self._lock = threading.Lock()
         self._slots = list(slots)
@@ -130,7 +130,7 @@ class Turns:
         """
         with self._lock:
             following = [*self._ahead[slot.index], *self._waiting]
-            if self._closes_early or self._idle or len(following) < self._least_behind:
+            if self._idle or len(following) < self._least_behind:
                 return 0.0
             return min(max(_LEAST_UNTOLD_S, 2 * self._expected_s(following[0])), _MOST_UNTOLD_S)
 

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, MutableMapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRecord, RecordDict
 from flwr.app.message.message import make_message
@@ -38,6 +38,8 @@ from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
 __all__ = ["Run", "apply_mods", "make_error_reply", "read_app_folder", "set_identity"]
+
+R = TypeVar("R", ArrayRecord, MetricRecord)
 
 
 def flower_run_id(run_id: str) -> int:
@@ -118,10 +120,8 @@ def _record(item: ProtoRecordDict.Item) -> ArrayRecord | MetricRecord | ConfigRe
             f"record '{item.key}': expected arrays, metrics or a config, found another"
         )
     protos = {one.key: one.value for one in item.metric_record.items}
-    record = MetricRecord()
     # Not value by value: each would be checked, though protobuf holds nothing else.
-    record.__dict__["_data"] = record_value_dict_from_proto(protos)
-    return record
+    return _holding(MetricRecord(), record_value_dict_from_proto(protos))
 
 
 @lru_cache(maxsize=16)
@@ -155,8 +155,11 @@ def _without_data(described: tuple[tuple[str, str, tuple[int, ...], str], ...]) 
 
 def record_over(arrays: MutableMapping[str, Array]) -> ArrayRecord:
     """Return a record that holds arrays in this mapping, in place of a dict of its own."""
-    record = ArrayRecord()
-    record.__dict__["_data"] = arrays
+    return _holding(ArrayRecord(), arrays)
+
+
+def _holding(record: R, values: MutableMapping[str, Any]) -> R:
+    record.__dict__["_data"] = values
     return record
 
 
