@@ -98,7 +98,8 @@ def test_a_server_that_is_timed_out_requeued_and_killed_goes_on_with_the_same_ar
         eventually(lambda: "time limit" in reason(paths), 60)
         assert f"goes on at round {rounds(paths)[-1] + 1}" in reason(paths)
         more_time(server_job(paths))
-    eventually(lambda: jobs_of(paths)["server"].pending, 20)
+    # Slurm says why a job pends when its scheduler next looks at it.
+    eventually(lambda: jobs_of(paths)["server"].describe() == "PENDING (BeginTime)", 20)
     shown = fedhpc("status", str(paths.root)).stdout
     assert "pending (requeueing)" in shown
     assert "PENDING (BeginTime)" in shown
