@@ -297,15 +297,16 @@ def _start(resolved: Config, paths: RunPaths, follow: bool) -> int:
 
 
 def _cancel_local(paths: RunPaths) -> int:
-    from fedhpc import cluster, run_state
+    from fedhpc import cluster, inspection, run_state
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it
     typer.echo("\ncancelling the local run ...")
+    had_ended = run_state.read(paths)["state"] in run_state.ENDED
     cluster.cancel(paths)
     shutil.rmtree(paths.secrets, ignore_errors=True)
-    if run_state.read(paths)["state"] not in run_state.ENDED:
-        run_state.write(paths, "cancelled", "by Ctrl-C", exit_code=_CANCELLED)
+    if not had_ended and run_state.read(paths)["state"] != "finished":
+        inspection.write_end(paths, "by Ctrl-C", cancelled=True)
     typer.echo(f"cancelled; every process is gone. Run folder: {paths.root}")
     return _CANCELLED
 

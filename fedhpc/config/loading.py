@@ -188,12 +188,11 @@ def _problems(error: ValidationError, raw: object) -> list[str]:
         location = _location(entry, raw)
         path = ".".join(map(str, location)) or "the file"
         if entry["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(
-                str(location[-1]), _known_keys(location[:-1]), n=1, cutoff=0.5
-            )
+            known = _known_keys(location[:-1])
+            near = difflib.get_close_matches(str(location[-1]), known, n=1, cutoff=0.5)
             prefix = "".join(f"{part}." for part in location[:-1])
-            guess = f"; did you mean {prefix}{near[0]}?" if near else ""
-            lines[path] = f"{path}: unknown key{guess}"
+            more = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+            lines[path] = f"{path}: unknown key; {more}"
             continue
         expected = _expectation(entry)
         if path in lines and expected not in lines[path]:

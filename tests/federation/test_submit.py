@@ -70,7 +70,9 @@ def test_a_ctrl_c_cancels_a_local_run_and_says_so(submitter: Submitter) -> None:
     assert process.returncode == 130, output
     assert "cancelled; every process is gone" in output
     assert processes_of(paths) == []
-    assert run_state.read(paths)["state"] == "cancelled"
+    status = run_state.read(paths)
+    assert (status["state"], status["reason"]) == ("cancelled", "by Ctrl-C")
+    assert not paths.secrets.exists()
 
 
 def test_a_ctrl_c_before_the_server_is_up_leaves_nothing(submitter: Submitter) -> None:

@@ -245,8 +245,9 @@ def test_an_unknown_key_is_answered_with_the_nearest_one(
     assert problem.split(":")[0].rpartition(".")[0] == guess.rpartition(".")[0]
 
 
-def test_a_key_that_resembles_nothing_gets_no_guess(tmp_path: Path) -> None:
-    assert problems(tmp_path, "federation: {qqq: 1}") == ["federation.qqq: unknown key"]
+def test_a_key_that_resembles_nothing_is_answered_with_all_of_its_section(tmp_path: Path) -> None:
+    (problem,) = problems(tmp_path, "checkpoint: {qqq: 1}")
+    assert problem == "checkpoint.qqq: unknown key; known: every, keep, best_metric, best_mode"
 
 
 @pytest.mark.parametrize(
