@@ -231,10 +231,11 @@ def _look_here(paths: RunPaths, jobs: Submission, standing: Standing) -> None:
         standing.problem = f"its processes are on {jobs.host}, and only seen from there"
         return
     alive = local.alive(paths, jobs)
-    standing.jobs = {
-        role: Job(job_id, "RUNNING" if role in alive else "ENDED", node=jobs.host)
-        for role, job_id in jobs.roles()
-    }
+    for role, job_id in jobs.roles():
+        # That of submitit's process, which only waits for the one that does the work.
+        pid = str(run_state.record(paths, role).get("pid", job_id))
+        state = "RUNNING" if role in alive else "ENDED"
+        standing.jobs[role] = Job(pid, state, node=jobs.host)
 
 
 def _why_gone(paths: RunPaths, jobs: Submission, standing: Standing) -> str | None:

@@ -11,7 +11,7 @@ from typing import Any
 from support import Submitter, eventually, processes_of
 
 from fedhpc import run_state
-from fedhpc.files import read_json, read_lines
+from fedhpc.files import read_lines
 from fedhpc.paths import RunPaths
 
 
@@ -85,7 +85,8 @@ def test_a_killed_server_never_stays_running_and_cancel_ends_what_it_left(
     submitter: Submitter,
 ) -> None:
     paths = detached(submitter, "federation.num_rounds=1000")
-    os.kill(read_json(paths.process("server"))["pid"], signal.SIGKILL)
+    shown = int(status(paths)["jobs"]["server"]["job_id"])
+    os.kill(shown, signal.SIGKILL)  # the server itself, not submitit's process
     eventually(lambda: status(paths)["state"] == "failed", 30)
     known = run_state.read(paths)
     assert known["state"] == "failed"
