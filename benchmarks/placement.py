@@ -18,7 +18,7 @@ from typing import Any
 
 import submitting
 
-from fedhpc.federation.actions import Assign
+from fedhpc.federation.actions import Turn
 from fedhpc.federation.dispatch import Dispatch
 from fedhpc.federation.estimates import Estimates
 from fedhpc.files import read_lines
@@ -131,9 +131,9 @@ def replay(
         now_s, running = 0.0, []
         while True:
             for action in machine.actions():
-                assert isinstance(action, Assign)
-                name = action.message_id
-                heapq.heappush(running, (now_s + seconds[name], name))
+                if isinstance(action, Turn):  # it may have been sent before, ahead of its turn
+                    name = action.message_id
+                    heapq.heappush(running, (now_s + seconds[name], name))
             if not running:
                 break
             now_s, done = heapq.heappop(running)
