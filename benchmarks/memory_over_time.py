@@ -15,6 +15,8 @@ from pathlib import Path
 
 import submitting
 
+from fedhpc.report.tables import slope
+
 CONFIG = Path(__file__).parents[1] / "configs" / "cifar.yaml"
 
 
@@ -31,6 +33,8 @@ def main() -> None:
         f"federation.num_rounds={options.rounds}",
         "federation.evaluate_every=0",
         f"training.epochs={options.epochs}",
+        # Under a limit memory is looked at as often as a figure needs with many processes.
+        "isolation.host_memory_gb=8",
     ]
     if options.data:
         sets += ["data.name=image_folder", f"data.source={Path(options.data).resolve()}"]
@@ -53,7 +57,7 @@ def main() -> None:
                     f" peak {line['peak_mb']:.0f} MB; with nothing running"
                     f" {line['idle_after_first_mb']:.0f} MB after the first fits,"
                     f" {line['idle_after_last_mb']:.0f} MB after the last,"
-                    f" {line['slope_mb_per_100_fits']:+.1f} MB per 100 fits"
+                    f" MB per 100 fits: {slope(line)}"
                 )
         if options.figure:
             report(str(fresh_run), "--beside", str(kept_run))

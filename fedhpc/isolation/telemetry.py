@@ -94,7 +94,7 @@ class Sampler:
         self._closing = threading.Event()
         self._own_mb: float | None = None
         self._own_next_s = 0.0
-        self._idle_next_s = 0.0
+        self._idle_next_s = self._sampled_s = 0.0
         self._start_s = time.monotonic()
         self._ended: queue.SimpleQueue[_Ended | None]
         self._ended = queue.SimpleQueue()
@@ -163,8 +163,12 @@ class Sampler:
         after = None
         if usage.gpu is not None:
             after = self._used_mb(usage.gpu)
-        idle = not any(self._pool.children().values())
-        if idle and time.monotonic() >= self._idle_next_s:
+        children = self._pool.children()
+        idle = not any(children.values())
+        # Where no child is left it costs next to nothing, however long the last sample took.
+        left = children.keys() - self._pool.standing_by()
+        next_s = self._idle_next_s if left else self._sampled_s + _IDLE_INTERVAL_S
+        if idle and time.monotonic() >= next_s:
             sample = self._sample()
             if usage.gpu is None:
                 after = sample["children_mb"]
@@ -201,9 +205,9 @@ class Sampler:
             "gpus": {gpu.id: self._used_mb(gpu) for gpu in self._gpus},
         }
         self._lines.put(line)
-        now_s = time.monotonic()
-        took_s = now_s - began_s
-        self._idle_next_s = now_s + max(_IDLE_INTERVAL_S, _LONGER_THAN_A_SAMPLE * took_s)
+        self._sampled_s = time.monotonic()
+        longer_s = _LONGER_THAN_A_SAMPLE * (self._sampled_s - began_s)
+        self._idle_next_s = self._sampled_s + max(_IDLE_INTERVAL_S, longer_s)
         return line
 
     def _measure_own(self) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import eventually
 
 from fedhpc.isolation import telemetry
 from fedhpc.isolation.telemetry import Sampler
@@ -72,6 +73,34 @@ def test_tiny_fits_do_not_have_a_sample_each(
     kinds = kinds_in(path)
     assert kinds.count("fit") == 200
     assert 1 <= kinds.count("sample") <= 5 + seconds / 0.1
+
+
+def test_a_look_at_large_processes_does_not_hide_the_moments_when_none_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(_: object, **__: object) -> int:
+        time.sleep(0.1)
+        return 1
+
+    monkeypatch.setattr(telemetry, "proportional_bytes", slow)  # the next look comes in 20 s
+    monkeypatch.setattr(telemetry, "_GATHERED_S", 0.0)
+    path, pool = tmp_path / "0.jsonl", Pool()
+    there = {1: "it"}
+    monkeypatch.setattr(pool, "children", there.copy)
+    gone = threading.Event()
+    gone.set()
+
+    def idle_moments() -> int:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return sum(line["kind"] == "sample" and not line["running"] for line in lines)
+
+    with sampler(path, pool) as made:
+        eventually(lambda: "sample" in kinds_in(path), 10)
+        there.clear()
+        for moments in (1, 2):
+            time.sleep(0.15)
+            made.ended(made.began({}, None, None), gone)
+            eventually(lambda: idle_moments() == moments, 5)  # noqa: B023
 
 
 def kinds_in(path: Path) -> list[str]:
