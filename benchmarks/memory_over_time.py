@@ -31,7 +31,9 @@ def main() -> None:
     sets = [
         f"federation.num_clients={options.clients}",
         f"federation.num_rounds={options.rounds}",
-        "federation.evaluate_every=0",
+        # Between rounds, so that there are moments in which no fit runs.
+        "federation.evaluate_every=1",
+        "federation.overlap_evaluation=false",
         f"training.epochs={options.epochs}",
         # Under a limit memory is looked at as often as a figure needs with many processes.
         "isolation.host_memory_gb=8",

@@ -38,7 +38,7 @@ class Child:
     env : dict
         Of that slot.
     tag : str
-        Of the call that it works on; "" between calls.
+        Of the call that it works on, or that it ends after; "" between calls.
     kept : bool
         Whether it has answered calls before.
     promise : float
@@ -214,8 +214,8 @@ class Children:
     def answered(self, child: Child, slot: Slot, *, keep: bool) -> None:
         """Note that a child has answered its call; ``keep`` it for the next one in its slot."""
         with self._lock:
-            child.tag = ""
             if keep and not child.doomed:
+                child.tag = ""  # one that ends is at work until it has: it still holds memory
                 child.kept = True
                 self._kept[slot.index] = child
 

@@ -59,6 +59,7 @@ class Watch:
     def __init__(self, pool: ChildPool) -> None:
         self._pool = pool
         self._over = threading.Event()
+        wait_until(lambda: not pool.children())  # one that ends would count as there before
         self._before_mb, _ = self._look()
         self.anonymous_mb = self.shared_mb = self.together_mb = 0.0
         self._thread = threading.Thread(target=self._run, daemon=True)
