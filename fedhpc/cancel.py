@@ -36,8 +36,7 @@ def main(run_dir: RunDir) -> None:
                 "Slurm may still be ending them; see fedhpc status, and try again",
             )
     if not standing.ended:
-        if run_state.read(paths)["state"] != "finished":
-            inspection.write_end(paths, "by fedhpc cancel", cancelled=True)
+        inspection.write_cancelled(paths, "by fedhpc cancel")
         typer.echo(f"{paths.run_id}: {run_state.read(paths)['state']}; every job is gone")
     elif there:
         typer.echo(f"cancelled {words.roles(there)}")

@@ -166,6 +166,18 @@ def write_end(
     run_state.write(paths, state, reason, patience_s=0.0, **known)
 
 
+def write_cancelled(paths: RunPaths, reason: str) -> None:
+    """Write that a run was cancelled, unless it finished before its jobs were gone.
+
+    Raises
+    ------
+    PlatformError
+        See `write_end`.
+    """
+    if run_state.read(paths)["state"] != "finished":
+        write_end(paths, reason, cancelled=True)
+
+
 def why_ended(job_id: str, role: str, job: Job | None) -> str:
     """Say for a person how Slurm ended a job."""
     who = "server job" if role == "server" else f"array task {role.removeprefix('client-')}: job"

@@ -179,9 +179,9 @@ def _jobs(standing: Standing) -> list[_Job]:
     if standing.ended:
         links = {role: {**link, "running": 0} for role, link in links.items()}
     ids = dict(standing.submission.roles()) if standing.submission else {}
+    ids |= {role: job.job_id for role, job in standing.jobs.items()}
     for role, link in links.items():  # somebody called sbatch by hand
         ids.setdefault(role, str(link.get("job_id", "")))
-    ids |= {role: job.job_id for role, job in standing.jobs.items() if role in ids}
     return [
         _Job(role, job_id, standing.jobs.get(role), links.get(role, {}))
         for role, job_id in ids.items()

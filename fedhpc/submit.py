@@ -305,8 +305,8 @@ def _cancel_local(paths: RunPaths) -> int:
     had_ended = run_state.read(paths)["state"] in run_state.ENDED
     cluster.cancel(paths)
     shutil.rmtree(paths.secrets, ignore_errors=True)
-    if not had_ended and run_state.read(paths)["state"] != "finished":
-        inspection.write_end(paths, "by Ctrl-C", cancelled=True)
+    if not had_ended:
+        inspection.write_cancelled(paths, "by Ctrl-C")
     typer.echo(f"cancelled; every process is gone. Run folder: {paths.root}")
     return _CANCELLED
 

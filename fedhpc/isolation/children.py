@@ -122,7 +122,7 @@ class Children:
     # --- who is there ---
 
     def pids(self) -> dict[int, str]:
-        """Return the live children by pid: the tag of their call, "" between calls."""
+        """Return live children by pid: the tag of their call until they end; "" between calls."""
         with self._lock:
             return {child.pid: child.tag for child in self._live.values() if child.pid is not None}
 

@@ -166,7 +166,7 @@ class ChildPool:
         self._children.kill_for_memory(pid)
 
     def children(self) -> dict[int, str]:
-        """Return the live children by pid: the tag of their call, "" between calls."""
+        """Return live children by pid: the tag of their call until they end; "" between calls."""
         return self._children.pids()
 
     def standing_by(self) -> set[int]:

@@ -94,7 +94,7 @@ class Sampler:
         self._closing = threading.Event()
         self._own_mb: float | None = None
         self._own_next_s = 0.0
-        self._idle_next_s = self._sampled_s = 0.0
+        self._sampled_s = self._took_s = 0.0  # the last sample's end and length
         self._start_s = time.monotonic()
         self._ended: queue.SimpleQueue[_Ended | None]
         self._ended = queue.SimpleQueue()
@@ -163,16 +163,21 @@ class Sampler:
         after = None
         if usage.gpu is not None:
             after = self._used_mb(usage.gpu)
-        children = self._pool.children()
-        idle = not any(children.values())
-        # Where no child is left it costs next to nothing, however long the last sample took.
-        left = children.keys() - self._pool.standing_by()
-        next_s = self._idle_next_s if left else self._sampled_s + _IDLE_INTERVAL_S
-        if idle and time.monotonic() >= next_s:
+        if self._is_idle_moment():
             sample = self._sample()
             if usage.gpu is None:
                 after = sample["children_mb"]
         self._put_line(usage, after, more)
+
+    def _is_idle_moment(self) -> bool:
+        """Return whether nothing runs, and it is time for a sample of that."""
+        children = self._pool.children()
+        if any(children.values()):
+            return False
+        pause_s = _IDLE_INTERVAL_S
+        if children.keys() - self._pool.standing_by():  # else it costs next to nothing
+            pause_s = max(pause_s, _LONGER_THAN_A_SAMPLE * self._took_s)
+        return time.monotonic() >= self._sampled_s + pause_s
 
     def _put_line(self, usage: Usage, after: float | None, more: dict[str, Any]) -> None:
         times = {"began_s": usage.began_s, "ended_s": self._now_s()}
@@ -206,8 +211,7 @@ class Sampler:
         }
         self._lines.put(line)
         self._sampled_s = time.monotonic()
-        longer_s = _LONGER_THAN_A_SAMPLE * (self._sampled_s - began_s)
-        self._idle_next_s = self._sampled_s + max(_IDLE_INTERVAL_S, longer_s)
+        self._took_s = self._sampled_s - began_s
         return line
 
     def _measure_own(self) -> None:
